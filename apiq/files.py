@@ -1,0 +1,97 @@
+"""Files that are whole or absent: hashes, canonical JSON, folders that appear in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from apiq.errors import ApiqError
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, by its relative POSIX path."""
+    root = Path(folder)
+    return {path.relative_to(root).as_posix(): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ApiqError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ApiqError(f"there is no file {path}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ApiqError(f"{path} is damaged: it is not JSON.") from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON with sorted keys, atomically: the same value gives the same bytes.
+
+    Raises:
+        ValueError: a number is not finite (JSON has no NaN).
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file through a temporary neighbour and one rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` that takes its place, and its old content's, when the block succeeds.
+
+    If the block raises, nothing is left of the neighbour and `path` is as it was.
+
+    Raises:
+        ApiqError: `path` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ApiqError(f"{path} is a file; give a folder to write to.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        for file in temporary.rglob("*"):
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,60 @@
+"""Nested parameters as files hold them: read, lay one over another, override single keys."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from apiq.errors import ApiqError
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file (as DVC reads it: 3e-4 is a number).
+
+    Raises:
+        ApiqError: the file is missing, is not YAML or holds no mapping.
+    """
+    try:
+        values = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ApiqError(f"there is no file {path}.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ApiqError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, Mapping):
+        raise ApiqError(f"{path} holds no sections; write one of them as in `quantize:` with indented keys.")
+    return dict(values)
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Lay `section.key=value` assignments (values in YAML) over a nested mapping.
+
+    Raises:
+        ApiqError: an assignment is not of that form.
+    """
+    result = lay_over(values, {})
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or len(keys) < 2 or not all(keys):
+            raise ApiqError(f"the override {assignment!r} is not of the form section.key=value, as in quantize.bits=3.")
+        try:
+            overlay: Any = YAML(typ="safe").load(io.StringIO(text))
+        except YAMLError:
+            raise ApiqError(f"the value in the override {assignment!r} is not YAML.") from None
+        for key in reversed(keys):
+            overlay = {key: overlay}
+        result = lay_over(result, overlay)
+    return result
+
+
+def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `base` in which the leaves of `overlay` replace or join those of `base`."""
+    result = {key: lay_over(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
+    for key, value in overlay.items():
+        below = result.get(key)
+        result[key] = lay_over(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
+    return result

@@ -1,0 +1,29 @@
+"""How long work reports where it is: the library calls back, whoever called it shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One report of a running phase."""
+
+    phase: str
+    """What is being done, as in `quantize` or `perplexity`."""
+    done: int
+    """Units finished so far."""
+    total: int
+    """Units in all."""
+    detail: str = ""
+    """What the unit in hand is, as in `block 3/32`."""
+    loss: float | None = None
+    """The newest loss, where there is one."""
+
+
+Progress = Callable[[Step], None]
+
+
+def silent(step: Step) -> None:
+    """Report nothing."""
