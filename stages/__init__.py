@@ -1,0 +1,97 @@
+"""What every stage of the pipeline does around its one call of the library.
+
+A stage is a script `stages/NAME.py` with a `main(params, progress)` that ends in
+`run("NAME", main)`. It runs at the root of the repository, as DVC starts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from apiq.checks import check, known_config
+from apiq.errors import ApiqError
+from apiq.files import write_json
+from apiq.overrides import read_yaml
+from apiq.params import Params, parse
+from apiq.progress import Progress
+
+DATA = Path("data")
+MODEL, CALIBRATION, QUANTIZED, FINETUNED, EVALUATION, REPORT, TIMING = (
+    DATA / name for name in ("model", "calibration", "quantized", "finetuned", "evaluation", "report", "timing")
+)
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # its threads and the data loaders' forks do not mix
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # matrix products on a GPU are the same in every run
+}
+
+
+def run(name: str, main: Callable[[Params, Progress], object]) -> None:
+    """Validate params.yaml as a whole, then do the work of stage `name` with its time and memory on record.
+
+    An ApiqError becomes one sentence on stderr and exit status 1. SIGTERM unwinds the stage like
+    an exception, so that nothing half-written stays.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        params = read_params()
+        from apiq.terminal import progress_bar
+
+        with timed(name), progress_bar(name) as progress:
+            main(params, progress)
+    except ApiqError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def read_params(path: str | Path = "params.yaml") -> Params:
+    """The parameters of all stages.
+
+    Raises:
+        ApiqError: anything in the file, of this stage or another, that cannot be run.
+    """
+    params = parse(read_yaml(path))
+    check(params, known_config(params.model))
+    return params
+
+
+@contextlib.contextmanager
+def timed(name: str, folder: Path = TIMING) -> Iterator[None]:
+    """Write `NAME.json` with what the block cost, if it succeeds: apart from the other outs, which are reproducible.
+
+    `seconds` on the clock, `cpu_seconds` of this process and its children, `peak_memory_mb` resident
+    (2^20 bytes), and `peak_gpu_memory_mb` allocated by torch where a GPU was used.
+    """
+    started, cpu = time.monotonic(), _cpu_seconds()
+    yield
+    cost = {
+        "seconds": round(time.monotonic() - started, 3),
+        "cpu_seconds": round(_cpu_seconds() - cpu, 3),
+        "peak_memory_mb": round(_peak_memory_bytes() / 2**20, 1),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+        cost["peak_gpu_memory_mb"] = round(peak / 2**20, 1)
+    write_json(folder / f"{name}.json", cost)
+
+
+def _cpu_seconds() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
