@@ -1,0 +1,37 @@
+"""ApiQ: large language models in a few bits, with adapters that undo the damage (arXiv 2402.05147).
+
+Importing `apiq` registers its checkpoints with transformers, so that
+`AutoModelForCausalLM.from_pretrained(FOLDER)` and `PeftModel.from_pretrained(model, FOLDER/"adapter")`
+work. The import itself is light: the registration waits for transformers to be imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import wrapt
+
+from apiq.errors import ApiqError
+
+__version__ = "0.1.0"
+__all__ = ["ApiqError", "evaluate", "finetune", "load", "quantize", "report"]
+
+_CALLS = {
+    "quantize": "apiq.quantization",
+    "finetune": "apiq.finetuning.run",
+    "evaluate": "apiq.evaluation.run",
+    "report": "apiq.reporting.page",
+    "load": "apiq.checkpoint.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CALLS:
+        raise AttributeError(f"module 'apiq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_CALLS[name]), name)
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(module: Any) -> None:
+    importlib.import_module("apiq.checkpoint.quantizer")

@@ -1,0 +1,94 @@
+"""What a method is given for one block, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from apiq.blocks.activations import Activations
+from apiq.blocks.architecture import linears
+from apiq.blocks.capture import BlockCall
+from apiq.layers.packed import PackedLinear
+
+
+@dataclass
+class Problem:
+    """One block to be quantized. A method may change `block` as it likes; the walk rebuilds it from the solution."""
+
+    index: int
+    """Number of the block, from 0."""
+    block: nn.Module
+    """The full-precision block on the device."""
+    call: BlockCall
+    """Its arguments besides the hidden states."""
+    X: Activations | None
+    """Its input in the full-precision model; None when there are no calibration windows."""
+    Xq: Activations | None
+    """Its input in the quantized model, made by the quantized blocks before it."""
+    targets: Activations | None
+    """Its output in the full-precision model, F(W, X)."""
+    seed: int
+    """Seed for every random choice in this block."""
+    autocast: Callable[[], AbstractContextManager]
+    """The precision in which the block is to be computed."""
+    report: Callable[[float, str], None]
+    """Called with the newest loss and a word on where the method is."""
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linears of the block by name."""
+        return linears(self.block)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The output of the block for `hidden` (batch, length, width), in float32."""
+        with self.autocast():
+            return self.call.run(self.block, hidden).float()
+
+    @torch.no_grad()
+    def error(self, batch_size: int) -> float:
+        """Mean squared error of the block as it stands: F(Xq) against the targets."""
+        assert self.Xq is not None and self.targets is not None
+        total = torch.zeros((), dtype=torch.float64, device=self.Xq.device)
+        for start in range(0, len(self.Xq), batch_size):
+            batch = slice(start, start + batch_size)
+            difference = self.run(self.Xq[batch]) - self.targets[batch].float()
+            total += difference.square().sum(dtype=torch.float64)
+        return float(total) / self.targets.rows.numel()
+
+
+@dataclass
+class Curve:
+    """Loss by epoch of one thing that was fitted: a block, or a linear of it."""
+
+    name: str
+    losses: list[float]
+
+
+@dataclass
+class Solution:
+    """The quantized linears of a block and their adapters."""
+
+    linears: dict[str, PackedLinear]
+    """By name inside the block."""
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    """PEFT parameters by name inside the block, as in `self_attn.q_proj.lora_A.weight`."""
+    curves: list[Curve] = field(default_factory=list)
+    start: float | None = None
+    """Mean squared error of the block before anything was fitted; None where nothing is."""
+
+
+class Method(Protocol):
+    """A way to quantize a block."""
+
+    calibrated: bool
+    """Whether it needs X, Xq and targets."""
+    adapted: bool
+    """Whether its solutions carry adapters."""
+
+    def solve(self, problem: Problem) -> Solution:
+        """Quantize the linears of one block."""
+        ...

@@ -1,0 +1,157 @@
+"""The walk: one block after another is quantized against what the full-precision model makes of its input.
+
+    X = Xq = embeddings(windows)
+    for block in blocks:
+        T = block(X)                           full-precision output
+        block = method.solve(block, X, Xq, T)
+        Xq = block(Xq); X = T                  both feed the next block
+
+The error of the earlier blocks is in Xq, so every block also undoes what it can of theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apiq.adapters import lora
+from apiq.blocks.activations import Activations
+from apiq.blocks.architecture import Blocks, replace
+from apiq.blocks.capture import BlockCall, capture
+from apiq.blocks.problem import Method, Problem, Solution
+from apiq.blocks.store import BlockStore, replacing
+from apiq.checkpoint.writing import block_file, write_block
+from apiq.errors import ApiqError
+from apiq.params import QuantizeParams
+from apiq.progress import Progress, Step
+
+COPIES = 5
+"""Sets of activations alive at a time: X, Xq, the two targets, and the next Xq."""
+
+
+@dataclass
+class Walk:
+    """One walk over the blocks of `model`, which is taken apart on the way."""
+
+    model: nn.Module
+    blocks: Blocks
+    windows: Tensor | None
+    method: Method
+    params: QuantizeParams
+    device: torch.device
+    compute: torch.dtype
+    storage: torch.dtype
+    store: BlockStore
+    progress: Progress
+    cpu_clock: Callable[[], float]
+
+    def run(self) -> None:
+        """Quantize every block that the store does not hold yet.
+
+        Raises:
+            ApiqError: a weight is not finite, or a loss is not, whatever the rate.
+        """
+        count, done = len(self.blocks.modules), len(self.store.records)
+        X, Xq, calls = self._start(done)
+        for index in range(done, count):
+            block = self.blocks.modules[index]
+            self._require_finite(block, index)
+            dtype = self.compute if self.compute == torch.float32 else self.storage
+            block.to(device=self.device, dtype=dtype).requires_grad_(False)
+            problem = self._problem(block, index, calls[index], X, Xq)
+            solution = self.method.solve(problem)
+            adapters = deploy(block, solution, self.params, self.storage)
+            X, Xq, last = problem.targets, *self._propagate(problem)
+            self._save(block, index, adapters, X, Xq)
+            self._finish(index, solution, last)
+            self.blocks.modules[index] = nn.Identity()
+
+    def _start(self, done: int) -> tuple[Activations | None, Activations | None, list[BlockCall]]:
+        count = len(self.blocks.modules)
+        if self.windows is None:
+            return None, None, [BlockCall()] * count
+        self.progress(Step("quantize", done, count, "embeddings"))
+        X, calls = capture(self.model, self.blocks.modules, self.windows, self.device, self.compute, COPIES)
+        if 0 < done < count:
+            return *self.store.activations(done, self.device, COPIES), calls
+        return X, X, calls
+
+    def _problem(
+        self, block: nn.Module, index: int, call: BlockCall, X: Activations | None, Xq: Activations | None
+    ) -> Problem:
+        count = len(self.blocks.modules)
+
+        def report(loss: float, detail: str) -> None:
+            self.progress(Step("quantize", index, count, f"block {index + 1}/{count} {detail}", loss))
+
+        problem = Problem(index, block, call, X, Xq, None, _seed(self.params.seed, index), self._precision, report)
+        if X is not None:
+            problem.targets = X.mapped(problem.run, self.params.batch_size)
+        return problem
+
+    def _propagate(self, problem: Problem) -> tuple[Activations | None, float | None]:
+        """The output of the deployed block, and its mean squared error."""
+        if problem.Xq is None or problem.targets is None:
+            return None, None
+        Xq = problem.Xq.mapped(problem.run, self.params.batch_size)
+        total = sum(
+            float((q - t).double().square().sum())
+            for q, t in zip(Xq.rows.float(), problem.targets.rows.float(), strict=True)
+        )
+        error = total / Xq.rows.numel()
+        if error != error:
+            raise ApiqError(f"the output of the quantized block {problem.index} is not finite; set quantize.dtype to float32.")
+        return Xq, error
+
+    def _save(
+        self, block: nn.Module, index: int, adapters: dict[str, Tensor], X: Activations | None, Xq: Activations | None
+    ) -> None:
+        with replacing(self.store.folder / block_file(index)) as path:
+            write_block(path, block, f"{self.blocks.path}.{index}", self.storage)
+        self.store.save_adapters(index, adapters)
+        if X is not None and Xq is not None and index + 1 < len(self.blocks.modules):
+            self.store.save_activations(index + 1, X, Xq)
+
+    def _finish(self, index: int, solution: Solution, last: float | None) -> None:
+        record: dict[str, Any] = {
+            "name": f"{self.blocks.path}.{index}",
+            "loss_first": last if solution.start is None else solution.start,
+            "loss_last": last,
+            "curves": [{"name": curve.name, "losses": curve.losses} for curve in solution.curves],
+        }
+        self.store.finish(record, self.cpu_clock())
+        count = len(self.blocks.modules)
+        self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}", last))
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.compute == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+    def _require_finite(self, block: nn.Module, index: int) -> None:
+        for name, value in block.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ApiqError(
+                    f"the weight {self.blocks.path}.{index}.{name} of the model holds a value that is not finite; "
+                    "nothing sensible can be quantized from it, get the model again."
+                )
+
+
+def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage: torch.dtype) -> dict[str, Tensor]:
+    """Rebuild a block from its solution as it will be loaded; return its adapters in their stored precision."""
+    for name, packed in solution.linears.items():
+        replace(block, name, packed)
+    adapters = {name: value.to(storage) for name, value in solution.adapters.items()}
+    if adapters:
+        lora.inject(block, solution.linears, params.rank, params.alpha, seed=0)
+        lora.load(block, adapters)
+    return adapters
+
+
+def _seed(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index) % 2**63

@@ -1,0 +1,1 @@
+"""The folder of a quantized model: its format, its manifest, its way into transformers."""

@@ -1,0 +1,133 @@
+"""Any model folder as a model: full precision, quantized or finetuned, whole or refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from apiq.checkpoint import manifest
+from apiq.device import pick_device, pick_dtype
+from apiq.errors import ApiqError
+
+
+@dataclass
+class FullPrecision:
+    """An unquantized model on the CPU."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    dtype: torch.dtype
+    """The precision in which its weights are stored."""
+
+
+@dataclass
+class Loaded:
+    """A model ready to run."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    """The folder with config.json that the base was read from."""
+    kind: str
+    """full, quantized or finetuned."""
+
+
+def full_precision(source: str | Path, dtype: torch.dtype | None = None) -> FullPrecision:
+    """Read an unquantized model, in `dtype` or in the precision in which it is stored.
+
+    Raises:
+        ApiqError: there is no such model, it is quantized already, or its files are damaged.
+    """
+    from apiq.models.source import locate
+
+    folder = locate(source)
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        raise ApiqError(f"{source} is quantized already; give the full-precision model.")
+    stored = _stored_dtype(folder, config)
+    model = _from_pretrained(folder, config, dtype or stored, torch.device("cpu"))
+    return FullPrecision(model, _tokenizer(folder), folder, stored)
+
+
+def load(
+    source: str | Path,
+    *,
+    adapters: bool = True,
+    dtype: str = "auto",
+    device: str = "auto",
+    trainable: bool = False,
+) -> Loaded:
+    """Read the model in `source`, a folder of any kind or the name of a hub repository, for use.
+
+    A finetuned folder is read with its base; adapters in a folder are put on unless `adapters` is false.
+    `trainable` leaves the adapters open to training.
+
+    Raises:
+        ApiqError: a file is missing, damaged or half-written, or the folder is no model.
+    """
+    place = pick_device(device)
+    precision = pick_dtype(dtype, place)
+    folder = Path(source)
+    facts = manifest.read(folder) if folder.is_dir() else None
+    kind = "full" if facts is None else facts["kind"]
+    base, adapter = folder, folder / "adapter"
+    if facts is not None:
+        manifest.verify(folder)
+    if kind == "finetuned":
+        assert facts is not None
+        base = (folder / facts["base"]).resolve()
+        if not base.is_dir():
+            raise ApiqError(f"{folder} was finetuned on {facts['base']} (seen from it), which is not there; put the base back.")
+    if kind == "full":
+        from apiq.models.source import locate
+
+        base = locate(source)
+        adapter = base / "adapter"
+    config = AutoConfig.from_pretrained(base)
+    if kind == "full" and getattr(config, "quantization_config", None):
+        raise ApiqError(f"{source} is half a checkpoint: its config.json is quantized, but it has no {manifest.NAME}.")
+    model = _from_pretrained(base, config, precision, place)
+    if adapters and adapter.is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    model.train(trainable)
+    return Loaded(model, _tokenizer(base), base, kind)
+
+
+def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    name = (config.architectures or [""])[0]
+    family = getattr(transformers, name, AutoModelForCausalLM)
+    try:
+        model, report = family.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+        )
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ApiqError(f"the weights in {folder} cannot be read: {' '.join(str(error).split())}.") from None
+    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if wrong:
+        raise ApiqError(f"{folder} has no weights, or none of the right shape, for {wrong[0]} ({len(wrong)} in all).")
+    return model.to(device)
+
+
+def _stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
+    declared = getattr(config, "dtype", None)
+    if isinstance(declared, str):
+        declared = getattr(torch, declared)
+    return declared or torch.float32
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ApiqError(f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())}.") from None

@@ -1,0 +1,84 @@
+"""Writing a quantized model: one safetensors file a block, one for the rest, an index, the adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apiq.adapters.lora import lora_config, model_target
+from apiq.files import write_json
+from apiq.layers.packed import PackedLinear
+
+INDEX = "model.safetensors.index.json"
+REST = "rest.safetensors"
+
+
+def block_file(index: int) -> str:
+    """Name of the file of block `index`."""
+    return f"block-{index:03d}.safetensors"
+
+
+def write_block(path: Path, block: nn.Module, prefix: str, dtype: torch.dtype) -> None:
+    """Write the tensors of a block whose linears are packed, under the names of the whole model.
+
+    Norms and biases are written in `dtype`, that of the original model, codes and scales as they are.
+
+    The header notes the shape (out, in) of each packed linear, which its words do not tell.
+    """
+    plain = {_without_adapters(name): value for name, value in block.state_dict().items() if ".lora_" not in name}
+    tensors = {
+        f"{prefix}.{name}": value.to(value.dtype if name.endswith(".scales") or not value.is_floating_point() else dtype)
+        for name, value in plain.items()
+    }
+    shapes = {
+        f"{prefix}.{_without_adapters(name)}": f"{module.out_features}x{module.in_features}"
+        for name, module in block.named_modules()
+        if isinstance(module, PackedLinear)
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt", **shapes})
+
+
+def write_rest(path: Path, model: nn.Module, blocks: str) -> None:
+    """Write what lies outside the blocks: embeddings, last norm, head. Tied tensors are written once."""
+    tensors: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, value in model.state_dict().items():
+        if name.startswith(f"{blocks}.") or value.data_ptr() in written:
+            continue
+        written.add(value.data_ptr())
+        tensors[name] = value.detach().cpu().contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_index(folder: Path, files: Iterable[str]) -> None:
+    """Write the index that tells transformers in which file each tensor is."""
+    places: dict[str, str] = {}
+    for file in files:
+        with safe_open(folder / file, framework="pt") as tensors:
+            places.update(dict.fromkeys(tensors.keys(), file))
+    total = sum((folder / file).stat().st_size for file in files)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def write_adapter(
+    folder: Path, state: Mapping[str, Tensor], blocks: str, linears: Iterable[str], rank: int, alpha: float
+) -> None:
+    """Write adapters in PEFT's format; their base is the folder above."""
+    folder.mkdir()
+    config = lora_config(rank, alpha, model_target(blocks, linears))
+    config.task_type = "CAUSAL_LM"
+    config.base_model_name_or_path = ".."
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / "adapter_model.safetensors")
+
+
+def _without_adapters(name: str) -> str:
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)

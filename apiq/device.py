@@ -1,0 +1,30 @@
+"""Where and in which precision to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from apiq.errors import ApiqError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, cuda, cuda:N, mps) stands for here.
+
+    Raises:
+        ApiqError: this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ApiqError(f"device is {name}; PyTorch sees {torch.cuda.device_count()} CUDA devices here, use auto or cpu.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ApiqError("device is mps; PyTorch finds no Metal device here, use auto or cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic that `name` (auto, float32, bfloat16, float16) stands for on `device`."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

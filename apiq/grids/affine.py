@@ -1,0 +1,134 @@
+"""The uniform affine grid with a learnable clipping range (ApiQ, equations 1 and 3, section 4.3).
+
+Letters as in the paper: W (out, in) a weight, s (out, G) scales, z (out, G) zero points, g the
+group size, G = ceil(in / g) groups a row, b bits, codes in 0 .. 2^b - 1, Q = s (codes - z).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SCALE_DTYPE = torch.float16
+"""Scales are stored, and therefore trained, in this precision."""
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive float16."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A choice of bits, group size and symmetry."""
+
+    bits: int
+    """Bits of a code, b."""
+    group_size: int
+    """Consecutive inputs that share a scale, g; 0 for one group a row. The last group may be shorter."""
+    symmetric: bool
+    """Fixed zero point 2^(b-1) instead of one per group."""
+
+    @property
+    def top(self) -> int:
+        """The largest code, 2^b - 1."""
+        return 2**self.bits - 1
+
+    def width(self, in_features: int) -> int:
+        """The group size in use for a row of `in_features` weights."""
+        return min(self.group_size, in_features) or in_features
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row, G."""
+        return math.ceil(in_features / self.width(in_features))
+
+
+def grouped(W: Tensor, grid: Grid) -> Tensor:
+    """W (out, in) as (out, G, g); a short last group is filled up with its last value."""
+    out, in_features = W.shape
+    width = grid.width(in_features)
+    short = -in_features % width
+    if short:
+        W = F.pad(W.unsqueeze(0), (0, short), mode="replicate").squeeze(0)
+    return W.reshape(out, -1, width)
+
+
+def ungrouped(V: Tensor, in_features: int) -> Tensor:
+    """The inverse of `grouped`: (out, G, g) as (out, in)."""
+    flat = V.reshape(V.shape[0], -1)
+    return flat if flat.shape[1] == in_features else flat[:, :in_features].contiguous()
+
+
+def extrema(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group, each (out, G), stretched to hold 0.
+
+    Zero points are clamped to 0 .. 2^b - 1, so that b bits hold them; a grid with such a zero point
+    always holds 0, and a range that leaves 0 out would be clipped on its far side.
+    """
+    groups = grouped(W, grid)
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+
+def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales s and zero points z of the range low .. high, each (out, G).
+
+    Asymmetric (section 4.3): s = (high - low) / (2^b - 1), z = round(-low / s) within 0 .. 2^b - 1.
+    Symmetric: s = 2 max(|low|, |high|) / (2^b - 1), z = 2^(b-1), the zero point that symmetric
+    kernels assume. s is rounded to float16 with a straight-through gradient; z carries none.
+    """
+    if grid.symmetric:
+        s = _storable(2 * torch.maximum(high, -low) / grid.top)
+        return s, torch.full_like(s, 2.0 ** (grid.bits - 1)).detach()
+    s = _storable((high - low) / grid.top)
+    return s, (-low / s).detach().round().clamp(0, grid.top)
+
+
+def _storable(s: Tensor) -> Tensor:
+    s = s.clamp(SMALLEST_SCALE, torch.finfo(SCALE_DTYPE).max)
+    return s + (s.detach().to(SCALE_DTYPE).to(s.dtype) - s.detach())
+
+
+def encode(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+    """Codes clamp(round(W / s) + z, 0, 2^b - 1) as uint8 (out, in) (equation 1)."""
+    codes = _codes(grouped(W, grid), s, z, grid)
+    return ungrouped(codes.to(torch.uint8), W.shape[1])
+
+
+def decode(codes: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+    """Q = s (codes - z), (out, in), in the dtype of s."""
+    groups = grouped(codes, grid).to(s.dtype)
+    return ungrouped(groups.sub_(z.to(s.dtype).unsqueeze(-1)).mul_(s.unsqueeze(-1)), codes.shape[1])
+
+
+def fake_quantize(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+    """Q = decode(encode(W)), (out, in), with gradients for s and W through the rounding.
+
+    Straight-through (Bengio et al., arXiv 1308.3432): inside the range dQ/ds = round(W/s) - W/s and
+    dQ/dW = 1; where the code is clamped dQ/ds = codes - z and dQ/dW = 0.
+    """
+    return ungrouped(_FakeQuantize.apply(grouped(W, grid), s, z, grid), W.shape[1])
+
+
+def _codes(groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+    return (groups / s.unsqueeze(-1)).round_().add_(z.unsqueeze(-1)).clamp_(0, grid.top)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Fake quantization of groups (out, G, g) that keeps nothing of the size of W for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(groups, s, z)
+        ctx.grid = grid
+        return _codes(groups, s, z, grid).sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        groups, s, z = ctx.saved_tensors
+        ratio = groups / s.unsqueeze(-1)
+        free = ratio.round().add_(z.unsqueeze(-1))
+        codes = free.clamp(0, ctx.grid.top)
+        inside = codes == free
+        per_scale = codes.sub_(z.unsqueeze(-1)).sub_(ratio.mul_(inside)).mul_(grad).sum(-1)
+        return grad * inside if ctx.needs_input_grad[0] else None, per_scale, None, None

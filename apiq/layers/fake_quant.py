@@ -1,0 +1,59 @@
+"""The linear of calibration: a full-precision weight seen through a learnable grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apiq.grids.affine import Grid, encode, extrema, fake_quantize, scale_and_zero
+from apiq.layers.packed import PackedLinear
+
+START = 4.0
+"""gamma and beta at the start: sigmoid(4) = 0.982, nearly no clipping (section 4.3)."""
+
+
+class FakeQuantLinear(nn.Linear):
+    """A linear whose `weight` is Q(W; gamma, beta), so that PEFT's tuners act on it unchanged.
+
+    Owns the frozen `full_weight` W (out, in), shared with the linear it was made from, the group
+    extrema `low` and `high` (out, G), computed once, and the clipping parameters `gamma` and `beta`
+    (out, G): the range of a group is sigmoid(beta) low .. sigmoid(gamma) high.
+    """
+
+    full_weight: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, linear: nn.Linear, grid: Grid):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.grid = grid
+        self.register_buffer("full_weight", linear.weight.detach(), persistent=False)
+        low, high = extrema(linear.weight.detach().float(), grid)
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("high", high, persistent=False)
+        self.gamma = nn.Parameter(torch.full_like(high, START))
+        self.beta = nn.Parameter(torch.full_like(low, START))
+        self.bias = linear.bias
+
+    def scale_and_zero(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of the present clipping range, each (out, G), float32."""
+        return scale_and_zero(torch.sigmoid(self.beta) * self.low, torch.sigmoid(self.gamma) * self.high, self.grid)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Q (out, in), differentiable in gamma and beta, in the dtype of W."""
+        s, z = self.scale_and_zero()
+        return fake_quantize(self.full_weight.float(), s, z, self.grid).to(self.full_weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X Q^T + bias, for X (..., in)."""
+        return F.linear(input, self.weight, self.bias)
+
+    @torch.no_grad()
+    def packed(self) -> PackedLinear:
+        """The deployed linear with exactly the present codes, scales and zero points."""
+        s, z = self.scale_and_zero()
+        codes = encode(self.full_weight.float(), s, z, self.grid)
+        return PackedLinear.from_codes(codes, s, z, self.grid, self.bias, self.full_weight.dtype)

@@ -1,0 +1,16 @@
+"""The table of methods: one file each, one interface (`apiq.blocks.problem.Method`)."""
+
+from __future__ import annotations
+
+from apiq.blocks.problem import Method
+from apiq.methods.apiq_bw import ApiqBlockwise
+from apiq.methods.apiq_lw import ApiqLayerwise
+from apiq.methods.rtn import RoundToNearest
+from apiq.params import QuantizeParams
+
+METHODS = {"rtn": RoundToNearest, "apiq-lw": ApiqLayerwise, "apiq-bw": ApiqBlockwise}
+
+
+def build(params: QuantizeParams) -> Method:
+    """The method that `params` names, with its parameters."""
+    return METHODS[params.method](params)

@@ -1,0 +1,56 @@
+"""ApiQ-bw: the linears of a block are quantized together so that its output is preserved (section 4.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from apiq.blocks.activations import batches
+from apiq.blocks.problem import Curve, Problem, Solution
+from apiq.methods.descent import descend
+from apiq.methods.fitting import groups, solution, wrap
+from apiq.params import QuantizeParams
+
+
+class ApiqBlockwise:
+    """argmin over Q, A, B of || F(W, X) - F(Q, A, B, Xq) || for a transformer block F, by gradient descent.
+
+    With `second_term` the loss is || F(W, X) - F(Q, A, B, Xq) ||^2 + || F(W, Xq) - F(Q, A, B, Xq) ||^2,
+    each a mean over all entries. The second term is in the authors' code (`aug_loss`, taken over from
+    OmniQuant) but not in the paper: its target is the full-precision block on the input that the
+    quantized block really gets, so it asks each block to preserve its own map besides undoing the
+    error of the blocks before it. In the first block, where X = Xq, it doubles the loss.
+    """
+
+    calibrated = True
+    adapted = True
+
+    def __init__(self, params: QuantizeParams):
+        self.params = params
+
+    def solve(self, problem: Problem) -> Solution:
+        """Fit codes, clipping ranges and adapters of all linears of one block."""
+        params, Xq, targets = self.params, problem.Xq, problem.targets
+        assert Xq is not None and targets is not None
+        own = targets
+        if params.second_term and problem.index > 0:
+            own = Xq.mapped(problem.run, params.batch_size)
+        fakes = wrap(problem, params)
+        first = problem.error(params.batch_size)
+
+        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
+            output = problem.run(Xq[batch])
+            error = F.mse_loss(output, targets[batch].float())
+            if not params.second_term:
+                return error, error
+            return error + F.mse_loss(output, own[batch].float()), error
+
+        losses = descend(
+            groups(problem.block, list(fakes.values()), params),
+            loss_of,
+            batches(len(Xq), params.batch_size),
+            params.epochs,
+            lambda epoch, loss: problem.report(loss, f"epoch {epoch}/{params.epochs}"),
+            f"block {problem.index}",
+        )
+        return solution(problem, fakes, [Curve("block", [first, *losses])], first)

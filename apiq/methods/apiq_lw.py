@@ -1,0 +1,126 @@
+"""ApiQ-lw: one linear after another is quantized so that its output is preserved (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apiq.blocks.activations import Activations, batches
+from apiq.blocks.architecture import replace
+from apiq.blocks.problem import Curve, Problem, Solution
+from apiq.methods.descent import descend
+from apiq.methods.fitting import groups, solution, wrap
+from apiq.params import QuantizeParams
+
+
+class ApiqLayerwise:
+    """argmin over Q, A, B of || X W - Xq (Q + A B^T) || (equation 4), linear by linear in input order.
+
+    X is what the linear gets in the full-precision model, Xq what it gets once everything before it,
+    in earlier blocks and in this one, is quantized. Linears that read the same tensor (query, key and
+    value; gate and up) share X and Xq and are fitted one by one from them.
+    """
+
+    calibrated = True
+    adapted = True
+
+    def __init__(self, params: QuantizeParams):
+        self.params = params
+
+    def solve(self, problem: Problem) -> Solution:
+        """Fit codes, clipping ranges and adapters of all linears of one block, in input order."""
+        originals = problem.linears()
+        order = input_order(problem, originals)
+        fakes = wrap(problem, self.params)
+        adapted = {name: problem.block.get_submodule(name) for name in originals}
+        start = problem.error(self.params.batch_size)
+        curves = []
+        for number, names in enumerate(order):
+            _place(problem.block, originals)
+            X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
+            _place(problem.block, adapted)
+            Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
+            for name in names:
+                where = f"{name} ({number + 1}/{len(order)})"
+                curves.append(self._fit(problem, name, where, originals[name], adapted[name], fakes[name], X, Xq))
+        return solution(problem, fakes, curves, start)
+
+    def _fit(self, problem: Problem, name, where, original, adapted, fake, X, Xq) -> Curve:  # noqa: ANN001
+        params = self.params
+
+        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
+            with problem.autocast():
+                with torch.no_grad():
+                    Y = original(X[batch])
+                output = adapted(Xq[batch])
+            loss = F.mse_loss(output.float(), Y.float())
+            return loss, loss
+
+        with torch.no_grad():
+            spans = batches(len(Xq), params.batch_size)
+            first = sum(float(loss_of(span)[0]) * (span.stop - span.start) for span in spans) / len(Xq)
+        losses = descend(
+            groups(adapted, [fake], params),
+            loss_of,
+            spans,
+            params.epochs,
+            lambda epoch, loss: problem.report(loss, f"{where} epoch {epoch}/{params.epochs}"),
+            f"linear {name} of block {problem.index}",
+        )
+        return Curve(name, [first, *losses])
+
+
+@torch.no_grad()
+def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of the linears in the order in which the block calls them; those fed the same tensor stand together."""
+    assert problem.X is not None
+    order: list[list[str]] = []
+    fed: list[Tensor] = []
+
+    def recorder(name: str):
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for names, tensor in zip(order, fed, strict=True):
+                if tensor is args[0]:
+                    names.append(name)
+                    return
+            order.append([name])
+            fed.append(args[0])
+
+        return record
+
+    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in originals.items()]
+    try:
+        problem.run(problem.X[slice(0, 1)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return order
+
+
+@torch.no_grad()
+def _inputs(problem: Problem, hidden: Activations | None, linear: nn.Module, batch_size: int) -> Activations:
+    """What `linear` is fed when the block runs on `hidden`."""
+    assert hidden is not None
+    caught: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    result: Activations | None = None
+    try:
+        for batch in batches(len(hidden), batch_size):
+            problem.run(hidden[batch])
+            fed = caught.pop()
+            if result is None:
+                shape = (len(hidden), *fed.shape[1:])
+                result = Activations.empty(shape, hidden.rows.dtype, hidden.device, hidden.rows.device)
+            result[batch] = fed
+    finally:
+        hook.remove()
+    assert result is not None
+    return result
+
+
+def _place(block: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        replace(block, name, module)

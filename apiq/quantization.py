@@ -1,0 +1,162 @@
+"""From a full-precision model to a checkpoint folder: load, walk, write."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apiq.adapters.lora import model_key
+from apiq.blocks.architecture import Blocks, find_blocks, linears
+from apiq.blocks.store import BlockStore
+from apiq.blocks.walk import Walk
+from apiq.checkpoint import manifest
+from apiq.checkpoint.accounting import effective_bits
+from apiq.checkpoint.loading import FullPrecision, full_precision
+from apiq.checkpoint.writing import REST, block_file, write_adapter, write_index, write_rest
+from apiq.device import pick_device, pick_dtype
+from apiq.errors import ApiqError
+from apiq.files import new_folder, read_json, sha256_folder, write_json
+from apiq.meter import Meter
+from apiq.methods import build
+from apiq.params import QuantizeParams
+from apiq.progress import Progress, silent
+from apiq.work import code_version, fingerprint, work_folder
+
+
+def quantize(
+    source: str | Path, windows: Tensor | None, params: QuantizeParams, out: str | Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Quantize the model in `source` on calibration `windows` (n, length) and write the checkpoint to `out`.
+
+    A killed run is taken up at the block it was in by the same call; finished blocks wait in
+    `$APIQ_WORK` or `.apiq_work/`. The folder `out` appears whole or not at all.
+
+    Returns:
+        `effective_bits` in all and `bits` by part, `blocks` with the mean squared error of each block's
+        output before and after (`loss_first`, `loss_last`), `seconds`, `cpu_seconds`, `peak_memory_mb`.
+
+    Raises:
+        ApiqError: the model, the windows and the parameters do not fit together, a weight or a loss is
+            not finite, or a file is damaged.
+    """
+    meter = Meter()
+    method = build(params)
+    if method.calibrated and windows is None:
+        raise ApiqError(f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn.")
+    device = pick_device(params.device)
+    compute = pick_dtype(params.dtype, device)
+    original = full_precision(source, torch.float32 if compute == torch.float32 else None)
+    blocks = find_blocks(original.model)
+    _check_fit(original, blocks, windows, params, method.adapted)
+    names = list(linears(blocks.modules[0]))
+    identity = _identity(original.folder, windows, params)
+    store = BlockStore(work_folder(identity))
+    count, spent = len(blocks.modules), store.cpu_seconds
+    walk = Walk(
+        original.model, blocks, windows, method, params, device, compute, original.dtype, store, progress,
+        lambda: spent + meter.reading()["cpu_seconds"],
+    )  # fmt: skip
+    walk.run()
+    with new_folder(out) as folder:
+        for index in range(count):
+            shutil.copy2(store.folder / block_file(index), folder / block_file(index))
+        write_rest(folder / REST, original.model, blocks.path)
+        write_index(folder, [*(block_file(index) for index in range(count)), REST])
+        _write_config(original, folder, blocks.path, names, params)
+        if method.adapted:
+            _write_adapters(store, folder, blocks.path, names, params)
+        metrics = _metrics(store, folder, params)
+        _write_losses(store, folder / "losses.csv")
+        write_json(folder / "metrics.json", metrics)
+        manifest.write(folder, "quantized", method=params.method, parameters=_deciding(params), fingerprint=fingerprint(identity))
+    shutil.rmtree(store.folder)
+    cost = meter.reading()
+    return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
+
+
+def _check_fit(
+    original: FullPrecision, blocks: Blocks, windows: Tensor | None, params: QuantizeParams, adapted: bool
+) -> None:
+    smallest = min((min(l.in_features, l.out_features), name) for name, l in linears(blocks.modules[0]).items())
+    if adapted and params.rank > smallest[0]:
+        raise ApiqError(f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}.")
+    if windows is None:
+        return
+    context = getattr(original.model.config, "max_position_embeddings", None)
+    if context and windows.shape[1] > context:
+        raise ApiqError(f"calibration.length is {windows.shape[1]}; it must be at most {context}, the context of the model.")
+    rows = original.model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= rows:
+        raise ApiqError(f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: they were made with another tokenizer.")
+
+
+def _deciding(params: QuantizeParams) -> dict[str, Any]:
+    return params.model_dump(mode="json")
+
+
+def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:
+    digest = None if windows is None else fingerprint({"windows": windows.tolist()})
+    return {
+        "model": sha256_folder(folder),
+        "windows": digest,
+        "parameters": _deciding(params),
+        "code": code_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write_config(original: FullPrecision, folder: Path, path: str, names: list[str], params: QuantizeParams) -> None:
+    original.model.config.save_pretrained(folder)
+    config = read_json(folder / "config.json")
+    config["dtype"] = str(original.dtype).removeprefix("torch.")
+    config["quantization_config"] = {
+        "quant_method": "apiq",
+        "format": manifest.FORMAT,
+        "bits": params.bits,
+        "group_size": params.group_size,
+        "symmetric": params.symmetric,
+        "blocks": path,
+        "linears": names,
+    }
+    write_json(folder / "config.json", config)
+    generation = getattr(original.model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    if original.tokenizer is not None:
+        original.tokenizer.save_pretrained(folder)
+
+
+def _write_adapters(store: BlockStore, folder: Path, path: str, names: list[str], params: QuantizeParams) -> None:
+    state = {
+        model_key(path, index, name): value
+        for index, adapters in enumerate(store.adapters())
+        for name, value in adapters.items()
+    }
+    write_adapter(folder / "adapter", state, path, names, params.rank, params.alpha)
+
+
+def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[str, Any]:
+    bits = effective_bits(folder).as_dict()
+    blocks = [{key: record[key] for key in ("name", "loss_first", "loss_last")} for record in store.records]
+    return {
+        "method": params.method,
+        "effective_bits": bits["total"],
+        "bits": bits,
+        "blocks": blocks,
+    }
+
+
+def _write_losses(store: BlockStore, path: Path) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["block", "name", "epoch", "loss"])
+        for index, record in enumerate(store.records):
+            for curve in record["curves"]:
+                rows.writerows([index, curve["name"], epoch, repr(loss)] for epoch, loss in enumerate(curve["losses"]))
+
