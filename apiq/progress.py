@@ -12,8 +12,8 @@ class Step:
 
     phase: str
     """What is being done, as in `quantize` or `perplexity`."""
-    done: int
-    """Units finished so far."""
+    done: float
+    """Units finished so far; a part of the unit in hand may be counted."""
     total: int
     """Units in all."""
     detail: str = ""

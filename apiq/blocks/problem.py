@@ -36,8 +36,8 @@ class Problem:
     """Seed for every random choice in this block."""
     autocast: Callable[[], AbstractContextManager]
     """The precision in which the block is to be computed."""
-    report: Callable[[float, str], None]
-    """Called with the newest loss and a word on where the method is."""
+    report: Callable[[float, float, str], None]
+    """Called with the share of the block that is done, the newest loss and a word on where the method is."""
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of the block by name."""

@@ -86,8 +86,8 @@ class Walk:
     ) -> Problem:
         count = len(self.blocks.modules)
 
-        def report(loss: float, detail: str) -> None:
-            self.progress(Step("quantize", index, count, f"block {index + 1}/{count} {detail}", loss))
+        def report(share: float, loss: float, detail: str) -> None:
+            self.progress(Step("quantize", index + share, count, f"block {index + 1}/{count} {detail}", loss))
 
         problem = Problem(index, block, call, X, Xq, None, _seed(self.params.seed, index), self._precision, report)
         if X is not None:

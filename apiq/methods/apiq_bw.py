@@ -50,7 +50,7 @@ class ApiqBlockwise:
             loss_of,
             batches(len(Xq), params.batch_size),
             params.epochs,
-            lambda epoch, loss: problem.report(loss, f"epoch {epoch}/{params.epochs}"),
+            lambda epoch, loss: problem.report(epoch / params.epochs, loss, f"epoch {epoch}/{params.epochs}"),
             f"block {problem.index}",
         )
         return solution(problem, fakes, [Curve("block", [first, *losses])], first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from apiq.blocks.activations import Activations, batches
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
+from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.methods.descent import descend
 from apiq.methods.fitting import groups, solution, wrap
 from apiq.params import QuantizeParams
@@ -38,39 +40,50 @@ class ApiqLayerwise:
         adapted = {name: problem.block.get_submodule(name) for name in originals}
         start = problem.error(self.params.batch_size)
         curves = []
-        for number, names in enumerate(order):
+        for names in order:
             _place(problem.block, originals)
             X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
             _place(problem.block, adapted)
             Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
             for name in names:
-                where = f"{name} ({number + 1}/{len(order)})"
-                curves.append(self._fit(problem, name, where, originals[name], adapted[name], fakes[name], X, Xq))
+                linear = _Linear(name, len(curves), len(originals), originals[name], adapted[name], fakes[name])
+                curves.append(self._fit(problem, linear, X, Xq))
         return solution(problem, fakes, curves, start)
 
-    def _fit(self, problem: Problem, name, where, original, adapted, fake, X, Xq) -> Curve:  # noqa: ANN001
+    def _fit(self, problem: Problem, linear: _Linear, X: Activations, Xq: Activations) -> Curve:
         params = self.params
+        spans = batches(len(Xq), params.batch_size)
 
         def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
             with problem.autocast():
                 with torch.no_grad():
-                    Y = original(X[batch])
-                output = adapted(Xq[batch])
+                    Y = linear.original(X[batch])
+                output = linear.adapted(Xq[batch])
             loss = F.mse_loss(output.float(), Y.float())
             return loss, loss
 
+        def report(epoch: int, loss: float) -> None:
+            share = (linear.number + epoch / params.epochs) / linear.count
+            problem.report(share, loss, f"{linear.name} epoch {epoch}/{params.epochs}")
+
         with torch.no_grad():
-            spans = batches(len(Xq), params.batch_size)
             first = sum(float(loss_of(span)[0]) * (span.stop - span.start) for span in spans) / len(Xq)
-        losses = descend(
-            groups(adapted, [fake], params),
-            loss_of,
-            spans,
-            params.epochs,
-            lambda epoch, loss: problem.report(loss, f"{where} epoch {epoch}/{params.epochs}"),
-            f"linear {name} of block {problem.index}",
-        )
-        return Curve(name, [first, *losses])
+        where = f"linear {linear.name} of block {problem.index}"
+        trained = groups(linear.adapted, [linear.fake], params)
+        losses = descend(trained, loss_of, spans, params.epochs, report, where)
+        return Curve(linear.name, [first, *losses])
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear to be fitted, in its three forms."""
+
+    name: str
+    number: int
+    count: int
+    original: nn.Module
+    adapted: nn.Module
+    fake: FakeQuantLinear
 
 
 @torch.no_grad()
