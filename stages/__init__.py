@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from apiq.checks import check, known_config
 from apiq.errors import ApiqError
 from apiq.files import write_json
+from apiq.meter import Meter
 from apiq.overrides import read_yaml
 from apiq.params import Params, parse
 from apiq.progress import Progress
@@ -68,30 +67,7 @@ def read_params(path: str | Path = "params.yaml") -> Params:
 
 @contextlib.contextmanager
 def timed(name: str, folder: Path = TIMING) -> Iterator[None]:
-    """Write `NAME.json` with what the block cost, if it succeeds: apart from the other outs, which are reproducible.
-
-    `seconds` on the clock, `cpu_seconds` of this process and its children, `peak_memory_mb` resident
-    (2^20 bytes), and `peak_gpu_memory_mb` allocated by torch where a GPU was used.
-    """
-    started, cpu = time.monotonic(), _cpu_seconds()
+    """Write `NAME.json` with what the block cost, if it succeeds: apart from the other outs, which are reproducible."""
+    meter = Meter()
     yield
-    cost = {
-        "seconds": round(time.monotonic() - started, 3),
-        "cpu_seconds": round(_cpu_seconds() - cpu, 3),
-        "peak_memory_mb": round(_peak_memory_bytes() / 2**20, 1),
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        peak = max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
-        cost["peak_gpu_memory_mb"] = round(peak / 2**20, 1)
-    write_json(folder / f"{name}.json", cost)
-
-
-def _cpu_seconds() -> float:
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+    write_json(folder / f"{name}.json", meter.reading())
