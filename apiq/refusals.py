@@ -6,7 +6,6 @@ import difflib
 import typing
 from typing import Any
 
-import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -75,17 +74,9 @@ def _allowed(error: Any, field: FieldInfo | None) -> str:
 
 def _range(field: FieldInfo) -> str:
     """All bounds of a number: `at least 1 and at most 8`."""
-    words = []
-    for bound in field.metadata:
-        if isinstance(bound, annotated_types.Ge):
-            words.append(f"at least {bound.ge}")
-        elif isinstance(bound, annotated_types.Gt):
-            words.append(f"more than {bound.gt}")
-        elif isinstance(bound, annotated_types.Le):
-            words.append(f"at most {bound.le}")
-        elif isinstance(bound, annotated_types.Lt):
-            words.append(f"less than {bound.lt}")
-    return " and ".join(words)
+    names = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    bounds = ((words, getattr(bound, name, None)) for bound in field.metadata for name, words in names.items())
+    return " and ".join(f"{words} {value}" for words, value in bounds if value is not None)
 
 
 def _shown(value: Any) -> str:
