@@ -55,7 +55,7 @@ def full_precision(source: str | Path, dtype: torch.dtype | None = None) -> Full
         raise ApiqError(f"{source} is quantized already; give the full-precision model.")
     stored = _stored_dtype(folder, config)
     model = _from_pretrained(folder, config, dtype or stored, torch.device("cpu"))
-    return FullPrecision(model, _tokenizer(folder), folder, stored)
+    return FullPrecision(model, read_tokenizer(folder), folder, stored)
 
 
 def load(
@@ -101,7 +101,7 @@ def load(
 
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     model.train(trainable)
-    return Loaded(model, _tokenizer(base), base, kind)
+    return Loaded(model, read_tokenizer(base), base, kind)
 
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -126,7 +126,12 @@ def _stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
     return declared or torch.float32
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ApiqError: there is none that can be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -1,0 +1,285 @@
+"""The command `apiq`.
+
+Every command refuses or fails with one sentence on stderr and status 1, wrong usage is status 2, and
+`--json` prints one JSON object on stdout at the end; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from apiq.errors import ApiqError
+from apiq.overrides import lay_over, override
+from apiq.params import Params, Section, parse
+
+app = typer.Typer(
+    help="Quantize a language model to a few bits with adapters that undo the damage (ApiQ, arXiv 2402.05147), "
+    "finetune the adapters, and measure what is left.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("-S", "--set", metavar="SECTION.KEY=VALUE", help="Set any parameter of params.yaml, as in -S quantize.decay_theta=0."),
+]
+
+
+def field(section: type[Section], name: str, *flags: str, default: Any = ...) -> Any:
+    """A command line option for a field of params.yaml, documented by that field."""
+    known = section.model_fields[name]
+    shown = known.default if default is ... else default
+    if shown == "\n":
+        shown = "a newline"
+    text = f"{' '.join((known.description or '').split())} [dim]\\[default: {shown}][/dim]"
+    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=text, show_default=False)
+
+
+_quantize = Params.model_fields["quantize"].annotation
+_calibration = Params.model_fields["calibration"].annotation
+_finetune = Params.model_fields["finetune"].annotation
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A local folder in Hugging Face format, or the name of a hub repository.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
+    method: Annotated[str | None, field(_quantize, "method")] = None,
+    bits: Annotated[int | None, field(_quantize, "bits")] = None,
+    group_size: Annotated[int | None, field(_quantize, "group_size")] = None,
+    symmetric: Annotated[bool | None, field(_quantize, "symmetric", "--symmetric/--asymmetric")] = None,
+    rank: Annotated[int | None, field(_quantize, "rank")] = None,
+    epochs: Annotated[int | None, field(_quantize, "epochs")] = None,
+    batch_size: Annotated[int | None, field(_quantize, "batch_size")] = None,
+    calibration: Annotated[str | None, field(_calibration, "corpus", "--calibration")] = None,
+    windows: Annotated[int | None, field(_calibration, "windows")] = None,
+    length: Annotated[int | None, field(_calibration, "length")] = None,
+    column: Annotated[str | None, field(_calibration, "column")] = None,
+    join: Annotated[str | None, field(_calibration, "join")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the windows and of the adapters' start. [dim]\\[default: 0][/dim]", show_default=False)] = None,
+    device: Annotated[str | None, field(_quantize, "device")] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and fit its adapters on calibration text.
+
+    [bold]Example:[/bold] apiq quantize ./my-model --out ./my-model-2bit --bits 2 --group-size 64 --rank 64
+    --calibration train.jsonl --windows 128 --length 2048
+
+    A stopped run is taken up where it was by the same command: finished blocks wait in
+    $APIQ_WORK, or in .apiq_work/ here.
+    """
+    from apiq.models.source import locate, locate_revision
+
+    given = {
+        "quantize": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank,
+                     "epochs": epochs, "batch_size": batch_size, "device": device, "seed": seed},
+        "calibration": {"corpus": calibration, "windows": windows, "length": length, "column": column, "join": join,
+                        "seed": seed},
+    }  # fmt: skip
+    params = _params(given, settings)
+    with _working("quantize") as progress:
+        folder = locate(model) if revision is None else locate_revision(model, revision)
+        needed = params.quantize.method != "rtn" or calibration is not None
+        tokens = _calibration_windows(folder, params) if needed else None
+        import apiq.quantization
+
+        result = apiq.quantization.quantize(folder, tokens, params.quantize, out, progress)
+    _show(result, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder of any kind (full precision, quantized, finetuned) or a hub name.")],
+    text: Annotated[str | None, typer.Option(help="Corpus for perplexity: a .txt, .jsonl or .parquet file, a folder of them, or a name such as wikitext2.")] = None,
+    windows: Annotated[int, typer.Option(help="First so many non-overlapping windows; 0 for all.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    join: Annotated[str, typer.Option(help="What stands between rows; \\n is a newline, \\n\\n a blank line.")] = "\\n",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with lm-eval task descriptions of your own.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter/--no-adapter", help="Use the adapters in the folder.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity (--text) and lm-eval tasks (--tasks) of a model.
+
+    [bold]Example:[/bold] apiq evaluate ./my-model-2bit --text wikitext2 --join '\\n\\n' --length 2048 --json
+    """
+    if text is None and not tasks:
+        raise typer.BadParameter("give --text, --tasks or both.")
+    corpus = {"text": text, "windows": windows, "length": length, "column": column, "join": _unescape(join)}
+    given = {
+        "evaluate": {"perplexity": {} if text is None else {"text": corpus}, "tasks": [name for name in tasks.split(",") if name],
+                     "task_folder": None if task_folder is None else str(task_folder), "device": device},
+    }  # fmt: skip
+    params = _params(given, settings).evaluate
+    with _working("evaluate") as progress:
+        from apiq.checkpoint.loading import load
+        from apiq.evaluation.run import evaluate as measure
+
+        loaded = load(model, adapters=adapter, dtype=params.dtype, device=params.device)
+        result = measure(loaded.model, loaded.tokenizer, params, progress)
+    if text is not None:
+        result = {**result, "perplexity": result["perplexity"]["text"]}
+    _show({"kind": loaded.kind, "model": model, **result}, as_json)
+
+
+@app.command()
+def finetune(
+    folder: Annotated[Path, typer.Argument(help="A quantized folder with adapters.")],
+    out: Annotated[Path, typer.Option(help="Folder for the finetuned adapters; it appears whole or not at all.")],
+    text: Annotated[str | None, field(_finetune, "text", default="none")] = None,
+    pairs: Annotated[str | None, field(_finetune, "pairs")] = None,
+    length: Annotated[int | None, field(_finetune, "length")] = None,
+    epochs: Annotated[float | None, field(_finetune, "epochs")] = None,
+    batch_size: Annotated[int | None, field(_finetune, "batch_size")] = None,
+    learning_rate: Annotated[float | None, field(_finetune, "learning_rate")] = None,
+    seed: Annotated[int | None, field(_finetune, "seed")] = None,
+    device: Annotated[str | None, field(_finetune, "device")] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train the adapters of a quantized model on text (--text) or on prompts and answers (--pairs).
+
+    [bold]Example:[/bold] apiq finetune ./my-model-2bit --pairs train.jsonl --out ./my-model-tuned --length 512
+
+    The quantized weights stay frozen and packed. A stopped run is taken up at its last checkpoint
+    by the same command.
+    """
+    if (text is None) == (pairs is None):
+        raise typer.BadParameter("give either --text or --pairs.")
+    given = {
+        "finetune": {"task": "lm" if pairs is None else "instruction", "text": text, "pairs": pairs, "length": length,
+                     "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+                     "device": device},
+    }  # fmt: skip
+    params = _params(given, settings)
+    with _working("finetune") as progress:
+        from apiq.finetuning.run import finetune as train
+
+        result = train(folder, params.finetune, out, progress)
+    _show(result, as_json)
+
+
+@app.command()
+def report(
+    data: Annotated[Path, typer.Option(help="Folder with the outputs of the pipeline.")] = Path("data"),
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, figures and tables. [dim]\\[default: DATA/report][/dim]", show_default=False)] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report page of a pipeline run: one HTML file that works offline, figures, tables."""
+    params = _params({}, settings).report
+    with _working("report"):
+        from apiq.reporting.page import report as write
+
+        page = write(data, out or data / "report", title=params.title, histogram_block=params.histogram_block)
+    _show({"report": str(page)}, as_json)
+
+
+@app.command()
+def profile(
+    name: Annotated[str | None, typer.Argument(help="Name of a profile in params/, or a YAML file; none lists them.")] = None,
+    params: Annotated[Path, typer.Option(help="The file to lay the profile over.")] = Path("params.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Lay a profile over params.yaml, keeping its comments; the result is validated before it is written.
+
+    [bold]Example:[/bold] apiq profile llama2-7b-2bit
+    """
+    with _working("profile"):
+        from apiq import profiles
+
+        result = {"profiles": profiles.names(params)} if name is None else {"profile": name, "changed": profiles.lay(name, params)}
+    _show(result, as_json)
+
+
+def _params(given: Mapping[str, Any], settings: list[str] | None) -> Params:
+    return parse(override(lay_over({}, _given(given)), settings or []))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the options that were not given, and with escapes in `join` read."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            kept[key] = _given(value)
+        elif value is not None:
+            kept[key] = _unescape(value) if key == "join" else value
+    return kept
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _calibration_windows(folder: Path, params: Params) -> Any:
+    import torch
+
+    from apiq.calibration.corpora import load_corpus
+    from apiq.calibration.windows import sample_windows, tokenize
+    from apiq.checkpoint.loading import read_tokenizer
+
+    chosen = params.calibration
+    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
+    tokens = tokenize(corpus.text, read_tokenizer(folder))
+    return sample_windows(tokens, chosen.windows, chosen.length, torch.Generator().manual_seed(chosen.seed))
+
+
+@contextlib.contextmanager
+def _working(phase: str) -> Iterator[Any]:
+    """Progress on stderr; whatever a library prints goes there too."""
+    from apiq.terminal import progress_bar
+
+    with contextlib.redirect_stdout(sys.stderr), progress_bar(phase) as progress:
+        yield progress
+
+
+def _show(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in result.items():
+        if not isinstance(value, Mapping | list):
+            table.add_row(key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+        elif value:
+            table.add_row(key.replace("_", " "), json.dumps(value, indent=1))
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    try:
+        app()
+    except ApiqError as error:
+        print(f"apiq: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"apiq: {error}; finished work is kept, the same command goes on.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("apiq: stopped; finished work is kept, the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
