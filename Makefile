@@ -1,0 +1,56 @@
+# `make` or `make help` lists the targets. demo and test set everything up by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Packages are compiled at their first import, once; with this set, in every process again.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup lint types bench lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: setup ## Run the whole pipeline on a small model (CPU, offline, minutes) and say where the report is
+	$(BIN)/dvc repro
+	@echo "The report: $(CURDIR)/data/report/report.html"
+
+test: setup ## Run the tests
+	$(BIN)/pytest -n 2
+
+setup: $(READY) ## Make .venv with the locked versions (demo and test do it when needed)
+
+lint: setup ## Check style, spelling and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+
+types: setup ## Check the types of apiq/ and ci/
+	$(BIN)/pyright
+
+lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that still fit
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \
+	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
+	@# torch asks for its CUDA packages by itself where its wheel is built for CUDA.
+	grep -vE '^(nvidia-|cuda-|triton=)' requirements.lock > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean: ## Remove .venv and what the pipeline wrote, but not DVC's cache of it
+	rm -rf $(VENV) .apiq_work .pytest_cache .ruff_cache
+	git clean -fdXq data
+
+# uv reads pip's find-links only when told; where it cannot install, pip does.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { echo \
+	  "apiq needs Python 3.11 or newer as \`$(PYTHON)\`; name another with PYTHON=, as in: make PYTHON=python3.12 demo" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' requirements.lock)
+	links=$$($(BIN)/python -m pip config list | sed -n "s/.*find-links='\(.*\)'$$/\1/p" | tail -n 1); \
+	  UV_FIND_LINKS="$$links" $(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock \
+	  || $(BIN)/python -m pip install --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@test -e .git || $(BIN)/dvc config --local core.no_scm true
+	@touch $@
