@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint types bench lock clean
+.PHONY: help demo test setup lint types regression lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: setup ## Run the whole pipeline on a small model (CPU, offline, minutes) and say where the report is
 	$(BIN)/dvc repro
@@ -30,6 +30,9 @@ lint: setup ## Check style, spelling and formatting
 
 types: setup ## Check the types of apiq/ and ci/
 	$(BIN)/pyright
+
+regression: setup ## Run the pipeline on a tiny profile and compare its metrics with ci/metrics.json
+	$(BIN)/python -m ci.regression
 
 lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that still fit
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \

@@ -1,0 +1,1 @@
+"""What guards the project besides its tests."""
