@@ -49,11 +49,12 @@ clean: ## Remove .venv and what the pipeline wrote, but not DVC's cache of it
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { echo \
 	  "apiq needs Python 3.11 or newer as \`$(PYTHON)\`; name another with PYTHON=, as in: make PYTHON=python3.12 demo" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' requirements.lock)
-	links=$$($(BIN)/python -m pip config list | sed -n "s/.*find-links='\(.*\)'$$/\1/p" | tail -n 1); \
-	  UV_FIND_LINKS="$$links" $(BIN)/uv pip install --python $(BIN)/python --requirement requirements.lock \
-	  || $(BIN)/python -m pip install --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installing the versions of requirements.lock into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' requirements.lock)
+	@links=$$($(BIN)/python -m pip config list | sed -n "s/.*find-links='\(.*\)'$$/\1/p" | tail -n 1); \
+	  UV_FIND_LINKS="$$links" $(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock \
+	  || { echo "uv could not install them; pip does"; $(BIN)/python -m pip install --quiet --requirement requirements.lock; }
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@test -e .git || $(BIN)/dvc config --local core.no_scm true
 	@touch $@
