@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-_PARAMETER = re.compile(r"\.(lora_[A-Za-z_]+)\.default(?=\.|$)")
+_PARAMETER = re.compile(r"(?<![^.])(lora_\w+)\.default(?=\.|$)")
 
 
 def lora_config(rank: int, alpha: float, target: list[str] | str) -> LoraConfig:
@@ -34,9 +34,9 @@ def inject(block: nn.Module, names: Iterable[str], rank: int, alpha: float, seed
 
 
 def parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter parameters of a block under their checkpoint names, without the adapter's name."""
+    """The adapter parameters inside a block or a linear under their checkpoint names, without the adapter's name."""
     named = block.named_parameters()
-    return {_PARAMETER.sub(r".\1", name): value for name, value in named if _PARAMETER.search(name)}
+    return {_PARAMETER.sub(r"\1", name): value for name, value in named if _PARAMETER.search(name)}
 
 
 def load(block: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -51,15 +51,15 @@ def descend(
             mean = _epoch(optimizer, loss_of, batches)
             if mean == mean and abs(mean) != float("inf") and all(bool(p.isfinite().all()) for p in parameters):
                 break
+            with torch.no_grad():
+                for parameter, value in zip(parameters, good, strict=True):
+                    parameter.copy_(value)
             factor /= 2
             if factor < 2.0**-RETRIES:
                 raise ApiqError(
                     f"the loss of {where} is not finite in epoch {epoch + 1}, even at 1/{2**RETRIES} of the learning "
                     "rates: lower quantize.lr_theta and quantize.lr_adapter, or set quantize.dtype to float32."
                 )
-            with torch.no_grad():
-                for parameter, value in zip(parameters, good, strict=True):
-                    parameter.copy_(value)
             optimizer = _adamw(groups, factor)
             optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
         means.append(mean)
