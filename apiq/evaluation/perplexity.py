@@ -33,8 +33,8 @@ def perplexity(
         ApiqError: there is no window, a window is longer than the context of the model, a token is
             not in its vocabulary, or a window has a loss that is not finite.
     """
-    n, length = windows.shape
-    _refuse(model, windows)
+    n = len(windows)
+    refuse(model, windows)
     device = next(model.parameters()).device
     losses: list[float] = []
     was_training = model.training
@@ -55,7 +55,9 @@ def perplexity(
         model.train(was_training)
     mean = math.fsum(losses) / n
     if mean > math.log(torch.finfo(torch.float64).max):
-        raise ApiqError(f"the mean loss is {mean:.6g} nats a token, whose perplexity is no number; the model is broken.")
+        raise ApiqError(
+            f"the mean loss is {mean:.6g} nats a token, whose perplexity is no number; the model is broken."
+        )
     return math.exp(mean)
 
 
@@ -69,12 +71,12 @@ def text_config(model: torch.nn.Module) -> Any:
     return model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
-def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of one window: logits (L, vocabulary) predict tokens (L,) shifted by one."""
-    return functional.cross_entropy(logits[:-1].float(), tokens[1:])
+def refuse(model: torch.nn.Module, windows: torch.Tensor) -> None:
+    """Refuse windows (n, L) that the model cannot score.
 
-
-def _refuse(model: torch.nn.Module, windows: torch.Tensor) -> None:
+    Raises:
+        ApiqError: as `perplexity` says.
+    """
     n, length = windows.shape
     if n == 0 or length < 2:
         raise ApiqError(f"perplexity needs at least one window of at least 2 tokens; there are {n} of {length}.")
@@ -87,3 +89,8 @@ def _refuse(model: torch.nn.Module, windows: torch.Tensor) -> None:
             f"the windows hold token {int(windows.max())}, and the model knows {vocabulary} tokens; "
             "the tokenizer is not the one of this model."
         )
+
+
+def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of one window: logits (L, vocabulary) predict tokens (L,) shifted by one."""
+    return functional.cross_entropy(logits[:-1].float(), tokens[1:])

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lm_eval.api.task
+import lm_eval.evaluator
+import lm_eval.models.huggingface
 import torch
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-from lm_eval import evaluate
 from lm_eval.api.metrics import mean
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +30,8 @@ FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those of publishe
 REQUESTS_AT_ONCE = 32  # batches between two progress reports
 
 Answer = TypeVar("Answer")
+HFLM: Any = lm_eval.models.huggingface.HFLM  # lm-eval's decorators hide the types of both
+evaluate: Any = lm_eval.evaluator.evaluate
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class _ReportingLM(HFLM):
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int, progress: Progress) -> None:
         super().__init__(
-            pretrained=model,  # pyright: ignore[reportArgumentType]
+            pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=context_length(model),
@@ -199,7 +201,7 @@ def _quiet(level: int = logging.ERROR) -> Iterator[None]:
     logger, tqdm, bars = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, is_progress_bar_enabled()
     before = logger.level
     logger.setLevel(level)
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
     disable_progress_bar()
     try:
         with contextlib.redirect_stdout(sys.stderr):

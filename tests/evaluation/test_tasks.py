@@ -112,7 +112,7 @@ def test_unknown_task_is_named_with_a_near_one(folder, monkeypatch):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(ApiqError, match="there is no folder .*nowhere"):
+    with pytest.raises(ApiqError, match=r"there is no folder .*nowhere"):
         load_suite(["x"], tmp_path / "nowhere")
 
 

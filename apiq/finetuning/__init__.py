@@ -1,0 +1,1 @@
+"""Training of the adapters on the frozen, packed model."""

@@ -1,0 +1,144 @@
+"""Finetuning from folder to folder: read, train, keep the best adapter, write it with its log."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerState
+
+from apiq.checkpoint import manifest
+from apiq.checkpoint.loading import Loaded, load
+from apiq.errors import ApiqError
+from apiq.evaluation.perplexity import context_length
+from apiq.evaluation.run import rounded
+from apiq.files import new_folder, read_json, sha256_folder, write_json, write_text
+from apiq.finetuning.examples import Examples
+from apiq.finetuning.sources import prepare
+from apiq.finetuning.trainer import COMPLETE, AdapterTrainer, newest_checkpoint
+from apiq.meter import Meter
+from apiq.params import FinetuneParams
+from apiq.progress import Progress, silent
+from apiq.randomness import borrowed
+from apiq.work import code_version, work_folder
+
+COLUMNS = ["step", "loss", "held_out_loss", "learning_rate"]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def finetune(
+    folder: str | Path, params: FinetuneParams, out: str | Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Train the adapters in `folder` on its frozen model and write those with the lowest held-out loss to `out`.
+
+    The adapters that training starts from are a candidate too. Work in progress is kept in
+    `apiq.work.work_folder`; the same call after a kill goes on from the last checkpoint and ends
+    with the same bytes.
+
+    Args:
+        folder: a quantized or finetuned model with adapters.
+        params: data and hyperparameters.
+        out: gets `adapter/` (PEFT format), `apiq.json` (kind `finetuned`, relative path of the
+            base), `log.csv` (one row a step) and `metrics.json`.
+        progress: told after every step.
+
+    Returns:
+        The content of metrics.json, and what the run cost: `seconds`, `cpu_seconds`, `peak_memory_mb`.
+
+    Raises:
+        ApiqError: the folder has no adapters or is damaged, the data cannot be used, or a loss is
+            not finite (finished checkpoints are kept).
+    """
+    meter, folder, out = Meter(), Path(folder), Path(out)
+    with borrowed(params.seed):
+        loaded = load(folder, dtype=params.dtype, device=params.device, trainable=True)
+        if not isinstance(loaded.model, PeftModel):
+            raise ApiqError(
+                f"{folder} has no adapters to train; quantize with a method that fits some: apiq-bw or apiq-lw."
+            )
+        loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
+        examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
+        work = _work(folder, loaded, params, examples)
+        trainer = AdapterTrainer(loaded.model, examples, params, work, progress)
+        start = _start(trainer, work)
+        newest = newest_checkpoint(work)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    metrics = _write(out, folder, loaded, examples, start, trainer.state)
+    shutil.rmtree(work)
+    return metrics | meter.reading()
+
+
+def _work(folder: Path, loaded: Loaded, params: FinetuneParams, examples: Examples) -> Path:
+    """Where the checkpoints of this very run are; half-written ones are removed."""
+    inputs = {"start": _content(folder), "base": _content(loaded.folder), "data": examples.source}
+    work = work_folder({"finetune": params.model_dump(), "code": code_version(), **inputs}).resolve()
+    for checkpoint in work.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE).exists():
+            shutil.rmtree(checkpoint)
+    return work
+
+
+def _content(folder: Path) -> dict[str, str]:
+    known = manifest.read(folder)
+    return known["files"] if known else sha256_folder(folder)
+
+
+def _start(trainer: AdapterTrainer, work: Path) -> float:
+    """The held-out loss before the first step, measured once for all resumptions."""
+    path = work / "start.json"
+    if not path.exists():
+        trainer.evaluate()
+        write_json(path, trainer.state.log_history.pop()["eval_loss"])
+    return read_json(path)
+
+
+def _write(
+    out: Path, folder: Path, loaded: Loaded, examples: Examples, start: float, state: TrainerState
+) -> dict[str, Any]:
+    """Write the best adapter, its manifest, log.csv and metrics.json; give the metrics."""
+    best, lowest = 0, start
+    if state.best_metric is not None and state.best_metric < start:
+        best, lowest = int(state.best_global_step or 0), state.best_metric
+    trained = Path(state.best_model_checkpoint or "")
+    metrics = examples.counts | {
+        "held_out_loss_first": rounded(start),
+        "held_out_loss_best": rounded(lowest),
+        "best_step": best,
+        "steps": state.global_step,
+        "tokens": int(state.num_input_tokens_seen),
+    }
+    with new_folder(out) as new:
+        _write_adapter(
+            new / "adapter", trained if best else folder / "adapter", os.path.relpath(loaded.folder, out / "adapter")
+        )
+        write_text(new / "log.csv", _log(start, state.log_history))
+        write_json(new / "metrics.json", metrics)
+        manifest.write(new, "finetuned", base=os.path.relpath(loaded.folder, out), data=examples.source)
+    return metrics
+
+
+def _write_adapter(folder: Path, source: Path, base: str) -> None:
+    folder.mkdir()
+    shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+    config = read_json(source / CONFIG)
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
+
+
+def _log(start: float, history: list[dict[str, Any]]) -> str:
+    """CSV with a row for each step, and one for step 0, where only the held-out loss is known."""
+    rows: dict[int, dict[str, float]] = {0: {"step": 0, "held_out_loss": rounded(start)}}
+    for entry in history:
+        row = rows.setdefault(entry["step"], {"step": entry["step"]})
+        for key, column in {"loss": "loss", "eval_loss": "held_out_loss", "learning_rate": "learning_rate"}.items():
+            if key in entry:
+                row[column] = rounded(entry[key])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[step] for step in sorted(rows))
+    return text.getvalue()

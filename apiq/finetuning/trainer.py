@@ -1,0 +1,148 @@
+"""The transformers Trainer on one device: resumable, silent, with a held-out loss that is a plain mean over tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from apiq.device import pick_device, pick_dtype
+from apiq.errors import ApiqError
+from apiq.finetuning.examples import IGNORED, Examples, collate
+from apiq.params import FinetuneParams
+from apiq.progress import Progress, Step
+
+COMPLETE = "complete"
+"""Empty file that marks a checkpoint whose every byte is written."""
+NEVER = 10**9
+
+
+class AdapterTrainer(Trainer):
+    """Trains what is trainable in a PEFT model by `params`, with checkpoints below `work`."""
+
+    def __init__(self, model: PeftModel, examples: Examples, params: FinetuneParams, work: Path, progress: Progress):
+        super().__init__(
+            model=model,
+            args=_arguments(params, work),
+            data_collator=collate,
+            train_dataset=examples.train,  # pyright: ignore[reportArgumentType]
+            eval_dataset=examples.held_out,  # pyright: ignore[reportArgumentType]
+            callbacks=[_Watch(params, progress)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log the held-out loss; unlike the Trainer's own, it does not depend on how examples fall into batches."""
+        metrics = {"eval_loss": self.held_out_loss()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean cross-entropy, in nats, of all held-out tokens that have a label and a predecessor."""
+        assert self.model is not None
+        self.model.eval()
+        losses, tokens = [], 0
+        for batch in self._held_out_batches():
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            with self.accelerator.autocast():
+                losses.append(float(self.model(**batch).loss) * count)
+            tokens += count
+        return math.fsum(losses) / tokens
+
+    def _held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        size, own = self.args.per_device_eval_batch_size, torch.Generator()  # or the loader draws from the global one
+        for batch in DataLoader(self.eval_dataset, batch_size=size, collate_fn=collate, generator=own):  # pyright: ignore[reportArgumentType]
+            yield self._prepare_inputs(batch)
+
+
+def newest_checkpoint(work: Path) -> Path | None:
+    """The last checkpoint below `work` that was written to the end."""
+    finished = [path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Watch(TrainerCallback):
+    """Says when to measure and save, marks finished checkpoints, reports, and stops at a loss that is not finite."""
+
+    def __init__(self, params: FinetuneParams, progress: Progress) -> None:
+        self._params, self._progress = params, progress
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        times = self._params.checkpoints
+        marks = {math.ceil(i * state.max_steps / times) for i in range(1, times + 1)}
+        control.should_evaluate = control.should_save = state.global_step in marks
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any) -> None:
+        logs: dict[str, float] = told["logs"]
+        for key, name in {"loss": "loss", "eval_loss": "held-out loss"}.items():
+            if key in logs and not math.isfinite(logs[key]):
+                raise ApiqError(_not_finite(name, state.global_step, self._params))
+        if "loss" in logs:
+            self._progress(Step("finetune", state.global_step, state.max_steps, loss=logs["loss"]))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert args.output_dir is not None
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def _not_finite(name: str, step: int, params: FinetuneParams) -> str:
+    if step == 0:
+        return f"the {name} is not finite before the first step; the model is damaged, or try finetune.dtype float32."
+    return (
+        f"the {name} is not finite at step {step} of finetuning; lower finetune.learning_rate "
+        f"(it is {params.learning_rate:g}), lengthen finetune.warmup or set finetune.dtype to float32."
+    )
+
+
+def _arguments(params: FinetuneParams, work: Path) -> TrainingArguments:
+    device = pick_device(params.device)
+    dtype = pick_dtype(params.dtype, device)
+    if device.type == "cpu" and dtype == torch.float16:
+        raise ApiqError("finetune.dtype is float16, which cannot be trained on a CPU; use float32 or bfloat16.")
+    if device.index:
+        raise ApiqError(
+            f"finetune.device is {device}; the Trainer takes the first GPU that it sees, "
+            f"so set it to cuda and the environment variable CUDA_VISIBLE_DEVICES to {device.index}."
+        )
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=params.epochs,
+        per_device_train_batch_size=params.batch_size,
+        per_device_eval_batch_size=params.batch_size,
+        gradient_accumulation_steps=params.accumulation,
+        optim="adamw_torch",
+        learning_rate=params.learning_rate,
+        lr_scheduler_type=params.schedule if params.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=params.warmup,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=params.seed % 2**32,
+        data_seed=params.seed,
+        eval_strategy="no",  # _Watch says when
+        save_strategy="steps",
+        save_steps=NEVER,
+        save_total_limit=2,  # and the best: an older one is only deleted when a newer one is marked complete
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several would be split by nn.DataParallel, which is slower than one
+    return arguments

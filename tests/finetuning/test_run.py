@@ -1,0 +1,171 @@
+import csv
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apiq.checkpoint import manifest
+from apiq.checkpoint.loading import load
+from apiq.errors import ApiqError
+from apiq.evaluation.perplexity import perplexity
+from apiq.files import sha256_folder
+from apiq.finetuning.run import finetune
+from apiq.finetuning.sources import prepare
+
+# peft 0.21 itself asks transformers for this
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+class Killed(BaseException):
+    """As hard as a signal: nothing catches it."""
+
+
+def killed_at(step):
+    def progress(report):
+        if report.done == step:
+            raise Killed
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def whole_run(quantized, params, tmp_path_factory):
+    """A run that nothing disturbed: its folder and what it returned."""
+    out = tmp_path_factory.mktemp("run") / "finetuned"
+    return out, finetune(quantized, params, out)
+
+
+def test_learns_and_writes_what_it_says(quantized, params, whole_run, work):
+    out, result = whole_run
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == {key: result[key] for key in metrics}
+    assert metrics["held_out_loss_best"] < metrics["held_out_loss_first"] - 0.1
+    assert (metrics["steps"], metrics["tokens"]) == (12, 3 * 32 * 16)
+    assert {"seconds", "cpu_seconds", "peak_memory_mb"} <= result.keys() - metrics.keys()
+    with open(out / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(13))
+    assert [int(row["step"]) for row in rows if row["held_out_loss"]] == [0, 4, 8, 12]
+    assert min(float(row["held_out_loss"] or "inf") for row in rows) == metrics["held_out_loss_best"]
+
+
+def test_the_folder_loads_as_the_model_that_was_measured(quantized, params, whole_run):
+    out, result = whole_run
+    assert manifest.verify(out)["base"] == os.path.relpath(quantized, out)
+    assert (
+        out / "adapter" / json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    ).samefile(quantized)
+    loaded = load(out)
+    held_out = torch.tensor([example["input_ids"] for example in prepare(params, loaded.tokenizer, 32).held_out])
+    assert perplexity(loaded.model, held_out) == pytest.approx(
+        torch.tensor(result["held_out_loss_best"]).exp().item(), rel=1e-5
+    )
+
+
+def test_the_base_is_left_as_it_was(quantized, params, tmp_path):
+    before = sha256_folder(quantized)
+    finetune(quantized, params, tmp_path / "out")
+    assert sha256_folder(quantized) == before
+
+
+def test_two_runs_are_the_same_to_the_byte(quantized, params, whole_run, tmp_path):
+    again = tmp_path / "again"
+    finetune(quantized, params, again)
+    assert sha256_folder(again) == sha256_folder(whole_run[0])
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 11])
+def test_a_killed_run_goes_on_to_the_same_bytes(quantized, params, whole_run, tmp_path, work, step):
+    out, reports = tmp_path / "out", []
+    with pytest.raises(Killed):
+        finetune(quantized, params, out, killed_at(step))
+    assert not out.exists()
+    finetune(quantized, params, out, reports.append)
+    assert not any(work.iterdir())
+    assert reports[0].done == (step - 1) // 4 * 4 + 1
+    assert sha256_folder(out) == sha256_folder(whole_run[0])
+
+
+def test_a_half_written_checkpoint_is_not_taken_up(quantized, params, whole_run, tmp_path, work):
+    out, reports = tmp_path / "out", []
+    with pytest.raises(Killed):
+        finetune(quantized, params, out, killed_at(9))
+    (half,) = work.glob("*/checkpoint-8")
+    (half / "complete").unlink()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    finetune(quantized, params, out, reports.append)
+    assert reports[0].done == 5
+    assert sha256_folder(out) == sha256_folder(whole_run[0])
+
+
+def test_training_that_only_hurts_gives_the_adapters_it_began_with(whole_run, params, tmp_path):
+    start, out = whole_run[0], tmp_path / "out"
+    one_leap = {"learning_rate": 1.0, "warmup": 0.0, "epochs": 0.25, "checkpoints": 1}
+    result = finetune(start, params.model_copy(update=one_leap), out)
+    assert (result["steps"], result["best_step"]) == (1, 0)
+    assert result["held_out_loss_best"] == result["held_out_loss_first"] == whole_run[1]["held_out_loss_best"]
+    trained, began = load_file(out / WEIGHTS), load_file(start / WEIGHTS)
+    assert trained.keys() == began.keys()
+    assert all(torch.equal(trained[key], began[key]) for key in began)
+
+
+def test_pairs_are_learned(quantized, pairs, params, tmp_path):
+    update = {
+        "task": "instruction",
+        "pairs": str(pairs),
+        "length": 8,
+        "batch_size": 1,
+        "accumulation": 1,
+        "epochs": 8.0,
+    }
+    result = finetune(quantized, params.model_copy(update=update), tmp_path / "out")
+    assert result["dropped_pairs"] == 2
+    assert result["held_out_loss_best"] < result["held_out_loss_first"] - 0.4
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_is_done(quantized, params, text, tmp_path, work):
+    letters = text.read_text().split()
+    letters[5] = "?"  # <unk>, whose embedding is not a number, in a window that this seed does not train on at once
+    broken = tmp_path / "broken.txt"
+    broken.write_text(" ".join(letters))
+    params = params.model_copy(update={"text": str(broken), "seed": 3, "checkpoints": 12})
+    with pytest.raises(
+        ApiqError, match=r"the loss is not finite at step \d+ of finetuning; lower finetune.learning_rate"
+    ):
+        finetune(quantized, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert list(work.glob("*/checkpoint-*/complete"))
+
+
+def test_a_folder_without_adapters_is_refused(quantized, params, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(quantized, bare, ignore=shutil.ignore_patterns("adapter", "apiq.json"))
+    manifest.write(bare, "quantized")
+    with pytest.raises(ApiqError, match="has no adapters to train; quantize with a method that fits some"):
+        finetune(bare, params, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        ({"dtype": "float16", "device": "cpu"}, "float16, which cannot be trained on a CPU"),
+        ({"length": 33}, "at most 32"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(quantized, params, tmp_path, update, reason):
+    with pytest.raises(ApiqError, match=reason):
+        finetune(quantized, params.model_copy(update=update), tmp_path / "out")
+
+
+def test_nothing_is_printed_and_the_random_state_is_given_back(quantized, params, tmp_path, capsys):
+    states = random.getstate(), torch.get_rng_state()
+    finetune(quantized, params, tmp_path / "out")
+    assert capsys.readouterr().out == ""
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])

@@ -1,0 +1,42 @@
+import pytest
+
+from apiq.errors import ApiqError
+from apiq.finetuning.examples import IGNORED
+from apiq.finetuning.sources import prepare
+from apiq.params import FinetuneParams
+
+
+def test_language_modelling_covers_the_text_once(tokenizer, params, text):
+    examples = prepare(params, tokenizer, 32)
+    assert examples.counts == {"train_windows": 32, "held_out_windows": 8}
+    windows = [tuple(example["input_ids"]) for example in examples.train + examples.held_out]
+    tokens = tokenizer(text.read_text())["input_ids"]
+    assert sorted(windows) == sorted(tuple(tokens[i : i + 16]) for i in range(0, 40 * 16, 16))
+    assert all(example["labels"] == example["input_ids"] for example in examples.train)
+
+
+def test_pairs_are_encoded_counted_and_cut(tokenizer, pairs):
+    params = FinetuneParams(task="instruction", pairs=str(pairs), length=8, held_out=0.2)
+    examples = prepare(params, tokenizer, 32)
+    assert examples.counts == {"train_pairs": 5, "held_out_pairs": 1, "truncated_pairs": 1, "dropped_pairs": 2}
+    both = examples.train + examples.held_out
+    e_b_c_d = [0, 5, 2, 3, 4, 27]  # <s> e b, c d </s>
+    assert {"input_ids": e_b_c_d, "labels": [IGNORED] * 3 + e_b_c_d[3:]} in both
+    assert {"input_ids": [0, 1, 2, 3, 4, 5, 6, 7], "labels": [IGNORED] * 3 + [3, 4, 5, 6, 7]} in both
+
+
+def test_a_file_whose_answers_never_begin_is_refused(tokenizer, pairs):
+    params = FinetuneParams(task="instruction", pairs=str(pairs), length=3)
+    with pytest.raises(ApiqError, match=r"none of the 8 pairs .* finetune.length=3"):
+        prepare(params, tokenizer, 32)
+
+
+def test_a_length_beyond_the_context_is_refused(tokenizer, params):
+    with pytest.raises(ApiqError, match=r"finetune.length is 16; the context of the model takes at most 8"):
+        prepare(params, tokenizer, 8)
+
+
+def test_a_missing_column_is_named(tokenizer, pairs):
+    params = FinetuneParams(task="instruction", pairs=str(pairs), prompt_column="question")
+    with pytest.raises(ApiqError, match=r"pairs.jsonl, line 1 has no 'question'"):
+        prepare(params, tokenizer, None)
