@@ -84,7 +84,7 @@ def _load(name: str, corpus: HubCorpus, split: str, part: str) -> Sequence[str]:
             corpus.repository, corpus.configuration, data_files=files, split=part, revision=corpus.revision
         )
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ApiqError(
             f"the corpus {name} ({corpus.repository}) cannot be had from the Hugging Face hub: {reason}; connect, "
             "or give a .txt, .jsonl or .parquet file instead."
