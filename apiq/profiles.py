@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-import typing
-from collections.abc import MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,47 @@ def lay(profile: str | Path, params_path: str | Path = "params.yaml") -> Params:
         ApiqError: there is no such profile, or the outcome cannot be run; params.yaml is as it was.
     """
     path = _find(str(profile), Path(params_path))
-    read_yaml(params_path), read_yaml(path)  # their refusals name the file
-    yaml = _round_trip()
-    values = yaml.load(Path(params_path).read_text(encoding="utf-8"))
-    _merge(values, yaml.load(path.read_text(encoding="utf-8")), Params)
+    overlay = _load(path)
+    return _rewrite(Path(params_path), lambda values: _merge(values, overlay, Params))
+
+
+def change(assignments: Mapping[str, Any], params_path: str | Path = "params.yaml") -> Params:
+    """Set single keys of params.yaml, as in {"quantize.bits": 3}; its comments stay.
+
+    Raises:
+        ApiqError: a key is not of the form section.key, or the outcome cannot be run; params.yaml is as it was.
+    """
+
+    def edit(values: CommentedMap) -> None:
+        for path, value in assignments.items():
+            *sections, key = path.split(".")
+            if not sections or not all(sections) or not key:
+                raise ApiqError(f"the parameter {path!r} is not of the form section.key, as in quantize.bits.")
+            place: MutableMapping[str, Any] = values
+            for section in sections:
+                if not isinstance(place.get(section), MutableMapping):
+                    place[section] = CommentedMap()
+                place = place[section]
+            place[key] = value
+
+    return _rewrite(Path(params_path), edit)
+
+
+def _rewrite(params_path: Path, edit: Callable[[CommentedMap], None]) -> Params:
+    """Edit params.yaml in memory, validate the outcome as a whole, and only then write it."""
+    values = _load(params_path)
+    edit(values)
     text = io.StringIO()
-    yaml.dump(values, text)
+    _round_trip().dump(values, text)
     params = parse(YAML(typ="safe").load(text.getvalue()))
     check(params, known_config(params.model))
     write_text(params_path, text.getvalue())
     return params
+
+
+def _load(path: Path) -> CommentedMap:
+    read_yaml(path)  # refuses what is missing or no YAML
+    return _round_trip().load(path.read_text(encoding="utf-8"))
 
 
 def _find(profile: str, params_path: Path) -> Path:
@@ -74,8 +104,7 @@ def _section_in(section: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The section that `key` opens in `section`; None for a value, a table of names or an unknown key."""
     field = section.model_fields.get(key)
     annotation = field.annotation if field else None
-    opens = isinstance(annotation, type) and typing.get_origin(annotation) is None and issubclass(annotation, BaseModel)
-    return annotation if opens else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _round_trip() -> YAML:

@@ -1,0 +1,69 @@
+"""Commands in a process group of their own: their lines as they come, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+PATIENCE = 10.0
+"""Seconds that a stopped command has to end by itself. Prefect gives a cancelled flow 30 in all."""
+
+
+def stream(
+    command: Sequence[str], cwd: Path, on_line: Callable[[str], None], environment: Mapping[str, str] | None = None
+) -> int:
+    """Run a command, hand over each line of stdout and stderr, and return its exit status.
+
+    Whatever interrupts the wait (a cancelled flow, Ctrl-C, an error in `on_line`) ends the command
+    and all its children before it goes on.
+    """
+    process = subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        with process.stdout:
+            for line in process.stdout:
+                if line.strip():
+                    on_line(line.rstrip())
+        return process.wait()
+    except BaseException:
+        stop(process)
+        raise
+
+
+def stop(process: subprocess.Popen[str], patience: float = PATIENCE) -> None:
+    """End a process that leads a group, and the group: first so that it can tidy up, then by force.
+
+    DVC ignores an interrupt while a stage runs and releases its locks when the stage ends. So the
+    stage is terminated, DVC interrupted, and only what is left after `patience` seconds is killed.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and (process.poll() is None or _members(process.pid)):
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _members(group: int) -> list[int]:
+    """The living processes of a group."""
+    members = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+    return members
