@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from apiq.checks import check, known_config
+from apiq.errors import ApiqError
+from apiq.overrides import override, read_yaml
+from apiq.params import ModelParams, Params, parse
+
+ROOT = Path(__file__).parents[1]
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def changed(*assignments: str) -> Params:
+    return parse(override(read_yaml(ROOT / "params.yaml"), ["evaluate.task_folder=null", *assignments]))
+
+
+def refusal(*assignments: str, config: dict | None = None) -> str:
+    params = changed(*assignments)
+    with pytest.raises(ApiqError) as caught:
+        check(params, config or known_config(params.model))
+    return str(caught.value)
+
+
+def test_the_demo_can_be_run() -> None:
+    check(changed(), known_config(ModelParams()))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "told"),
+    [
+        ("quantize.rank=97", "quantize.rank is 97; it should be at most 96,"),
+        ("quantize.group_size=513", "quantize.group_size is 513; it should be at most 512,"),
+        ("calibration.length=257", "calibration.length is 257; it should be at most 256, the context of the model."),
+        ("finetune.length=257", "finetune.length is 257; it should be at most 256,"),
+        ("evaluate.perplexity.demo.length=257", "evaluate.perplexity.demo.length is 257; it should be at most 256,"),
+    ],
+)
+def test_what_the_model_does_not_take_is_refused_and_the_bound_itself_is_not(assignment: str, told: str) -> None:
+    assert refusal(assignment).startswith(told)
+    key, value = assignment.split("=")
+    at_the_bound = changed(f"{key}={int(value) - 1}")
+    check(at_the_bound, known_config(at_the_bound.model))
+
+
+def test_rank_is_free_where_there_are_no_adapters_of_ours() -> None:
+    assert "leaves no adapters to finetune" in refusal("quantize.method=rtn", "quantize.rank=4096")
+
+
+@pytest.mark.parametrize(
+    ("config", "rank"),
+    [
+        (LLAMA, 1024),
+        (LLAMA | {"head_dim": 64}, 512),
+        ({"text_config": LLAMA}, 1024),
+        ({"n_embd": 768, "n_head": 12, "n_positions": 1024}, 768),
+    ],
+)
+def test_smallest_side_of_a_linear_is_read_from_any_family(config: dict, rank: int) -> None:
+    check(changed(f"quantize.rank={rank}"), config)
+    assert f"it should be at most {rank}," in refusal(f"quantize.rank={rank + 1}", config=config)
+
+
+@pytest.mark.parametrize("alias", ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"])
+def test_context_goes_by_many_names(alias: str) -> None:
+    assert "at most 100, the context" in refusal("calibration.length=101", config={alias: 100})
+
+
+def test_a_model_that_is_not_known_yet_is_not_held_against_the_parameters() -> None:
+    check(changed("quantize.rank=100000", "calibration.length=100000"), None)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "told"),
+    [
+        (["model.source=./nothing"], "model.source is ./nothing; it should be demo, a folder that is there, or a name"),
+        (["model.source=apiq"], "model.source is apiq; it should be a folder with the config.json"),
+        (["model.source=owner/model"], "model.revision is empty; owner/model is no folder here"),
+        (["model.revision=main"], "model.revision is main; it should be empty for the demo model."),
+        (["calibration.corpus=wikitext"], "calibration.corpus is 'wikitext'; it should be a .txt, .jsonl or .parquet"),
+        (["calibration.corpus=pyproject.toml"], "calibration.corpus is 'pyproject.toml'; it should be a .txt"),
+        (["calibration.corpus=c4:test"], "calibration.corpus is c4:test; it should be c4, or one split of it: c4:train"),
+        (["finetune.text=''"], "finetune.text is ''; it should be a .txt"),
+        (["finetune.task=instruction", "finetune.pairs=p.jsonl"], "finetune.pairs is 'p.jsonl'; it should be a .jsonl"),
+        (["evaluate.perplexity.demo.text=x.txt"], "evaluate.perplexity.demo.text is 'x.txt'; it should be a .txt"),
+        (["evaluate.task_folder=nothing"], "evaluate.task_folder is nothing; it should be a folder that is there"),
+        (["calibration.corpus=demo:test"], "calibration.corpus is demo:test, on which evaluate.perplexity.demo"),
+        (["evaluate.perplexity.demo.text=demo:train"], "calibration.corpus is demo, on which evaluate.perplexity.demo"),
+    ],
+)
+def test_what_is_not_there_or_not_apart_is_refused(assignments: list[str], told: str) -> None:
+    assert refusal(*assignments).startswith(told)
+
+
+def test_the_reported_split_of_a_corpus_is_the_one_evaluated() -> None:
+    assert "on which" in refusal("calibration.corpus=c4:validation", "evaluate.perplexity.demo.text=c4")
+    check(changed("calibration.corpus=c4", "evaluate.perplexity.demo.text=c4"), None)
+
+
+def test_the_same_file_is_recognised_by_another_path(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    roundabout = tmp_path / "." / ".." / tmp_path.name / "a.txt"
+    same = [f"calibration.corpus={tmp_path / 'a.txt'}", f"evaluate.perplexity.demo.text={roundabout}"]
+    assert "it should be another corpus" in refusal(*same)
+
+
+def test_a_local_model_is_known_by_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert known_config(ModelParams(source=str(tmp_path))) == LLAMA
+    assert "at most 1024" in refusal(f"model.source={tmp_path}", "quantize.rank=1025")
+
+
+def test_a_hub_model_is_known_from_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert known_config(ModelParams(source="owner/model", revision=commit)) == LLAMA
+    assert known_config(ModelParams(source="owner/other", revision=commit)) is None

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apiq.errors import ApiqError
+from apiq.overrides import lay_over, read_yaml
+from apiq.params import DemoModel, Params, parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def refusal(values: object) -> str:
+    with pytest.raises(ApiqError) as caught:
+        parse(values)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def keys_of(values: dict) -> set[str]:
+    return {
+        f"{key}.{below}" if below else key
+        for key, value in values.items()
+        for below in (keys_of(value) if isinstance(value, dict) else {""})
+    }
+
+
+def test_params_yaml_parses_and_lists_every_key() -> None:
+    written = read_yaml(ROOT / "params.yaml")
+    assert keys_of(written) == keys_of(parse(written).model_dump())
+
+
+def test_params_yaml_explains_every_key() -> None:
+    for line in (ROOT / "params.yaml").read_text().splitlines():
+        is_section = line and (not line.startswith(" ") or line == "    demo:")
+        assert not line or is_section or "#" in line, line
+
+
+def test_demo_model_of_params_yaml_is_the_default_one() -> None:
+    assert parse(read_yaml(ROOT / "params.yaml")).model.demo == DemoModel()
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    quantize = Params().quantize
+    assert (quantize.bits, quantize.group_size, quantize.rank, quantize.epochs) == (2, 64, 64, 20)
+    assert (quantize.lr_theta, quantize.decay_theta) == (0.005, 0.1)
+    assert (quantize.lr_adapter, quantize.decay_adapter) == (0.0005, 0.1)
+    finetune = Params().finetune
+    assert finetune.batch_size * finetune.accumulation == 64
+
+
+def test_parameters_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Params().quantize.bits = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"quantize": {"bits": 9}}, "quantize.bits is 9; it should be at least 1 and at most 8."),
+        ({"quantize": {"bits": "2"}}, "quantize.bits is '2'; it should be a whole number."),
+        ({"quantize": {"bits": True}}, "quantize.bits is True; it should be a whole number."),
+        ({"quantize": {"lr_theta": 0}}, "quantize.lr_theta is 0; it should be more than 0 and at most 1."),
+        ({"quantize": {"device": "gpu"}}, "quantize.device is 'gpu'; it should be auto, cpu, cuda, cuda:N or mps."),
+        ({"quantize": {"method": "gptq"}}, "quantize.method is 'gptq'; it should be rtn, apiq-lw or apiq-bw."),
+        ({"quantize": {"symmetric": "yes"}}, "quantize.symmetric is 'yes'; it should be true or false."),
+        ({"quantize": {"bits": 1, "symmetric": True}}, "quantize.bits is 1; it should be at least 2 when symmetric"),
+        ({"quantize": None}, "quantize is empty; it should be a section of key: value lines."),
+        ({"quantize": {"bit": 3}}, "quantize.bit is not a parameter; did you mean bits?"),
+        ({"quantise": {}}, "quantise is not a parameter; did you mean quantize?"),
+        ({"quantize": {"xyz": 3}}, "quantize.xyz is not a parameter; known here are method, bits,"),
+        ({3: {}}, "3 is not a parameter; keys are text."),
+        ({"finetune": {"task": "instruction"}}, "finetune.pairs is empty; it should be a file when task is instruction."),
+        ({"finetune": {"epochs": float("nan")}}, "finetune.epochs is nan; it should be a finite number."),
+        ({"model": {"demo": {"heads": 5}}}, "model.demo.heads is 5; it should be a divisor of hidden_size=192."),
+        ({"evaluate": {"tasks": "arc"}}, "evaluate.tasks is 'arc'; it should be a list, as in [a, b]."),
+        ({"evaluate": {"perplexity": {"a b": {"text": "demo"}}}}, "evaluate.perplexity.a b is not a name"),
+        ({"evaluate": {"perplexity": {"a": {}}}}, "evaluate.perplexity.a.text is missing."),
+        ({"evaluate": {"perplexity": {"a": {"text": "demo", "lenght": 3}}}}, "evaluate.perplexity.a.lenght is not a"),
+    ],
+)
+def test_a_refusal_names_key_value_and_what_is_allowed(values: dict, told: str) -> None:
+    sentence = refusal(values)
+    assert sentence.startswith(told)
+    assert "\n" not in sentence
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda below: st.lists(below, max_size=2) | st.dictionaries(st.text(max_size=5), below, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(sorted(keys_of(Params().model_dump()))), ANYTHING)
+def test_any_value_is_taken_or_refused_in_one_sentence(path: str, value: object) -> None:
+    nested: object = value
+    for key in reversed(path.split(".")):
+        nested = {key: nested}
+    try:
+        parse(lay_over(Params().model_dump(), nested))  # type: ignore[arg-type]
+    except ApiqError as error:
+        assert path.split(".")[0] in str(error)
