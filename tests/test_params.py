@@ -70,7 +70,7 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ({"quantise": {}}, "quantise is not a parameter; did you mean quantize?"),
         ({"quantize": {"xyz": 3}}, "quantize.xyz is not a parameter; known here are method, bits,"),
         ({3: {}}, "3 is not a parameter; keys are text."),
-        ({"finetune": {"task": "instruction"}}, "finetune.pairs is empty; it should be a file when task is instruction."),
+        ({"finetune": {"task": "instruction"}}, "finetune.pairs is empty; it should be a file when task is instr"),
         ({"finetune": {"epochs": float("nan")}}, "finetune.epochs is nan; it should be a finite number."),
         ({"model": {"demo": {"heads": 5}}}, "model.demo.heads is 5; it should be a divisor of hidden_size=192."),
         ({"evaluate": {"tasks": "arc"}}, "evaluate.tasks is 'arc'; it should be a list, as in [a, b]."),
