@@ -63,6 +63,8 @@ def judge(changes: Mapping[str, Mapping[str, Any]], tolerances: Mapping[str, Tol
             findings.append(f"{name} is {'new' if old is None else 'gone'}: it is {old} in {METRICS} and {new} now.")
         elif pattern is None:
             findings.append(f"{name} has no tolerance in ci/tolerances.yaml.")
+        elif isinstance(old, str) or isinstance(new, str):
+            findings += [] if old == new else [f"{name} went from {old} to {new}."]
         elif not math.isfinite(new) or abs(new - old) > tolerances[pattern].allowed(old):
             findings.append(f"{name} went from {old:g} to {new:g}; allowed is {tolerances[pattern].allowed(old):g}.")
     findings += [f"the tolerance of {pattern} fits no metric." for pattern in tolerances if pattern not in used]

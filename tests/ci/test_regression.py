@@ -36,6 +36,11 @@ def test_a_metric_past_its_tolerance_is_found(new):
     assert "0.4" in finding
 
 
+def test_a_metric_that_is_a_word_is_compared_as_one():
+    change = {"bits": {"old": "apiq-bw", "new": "apiq-bw"}, "evaluate.by": {"old": "apiq-bw", "new": "rtn"}}
+    assert judge(change, FIVE_PERCENT) == ["evaluate.by went from apiq-bw to rtn."]
+
+
 def test_without_a_tolerance_nothing_may_move():
     (finding,) = judge(changes(bits=2.500001), FIVE_PERCENT)
     assert finding.startswith("bits went from 2.5")
