@@ -26,9 +26,10 @@ SHORTEST = 40
 LONGEST = 2_000
 """Characters of a document; longer ones are split between paragraphs, so that splits are of even size."""
 
-_OPTIONAL = frozenset(
-    "test tests idlelib lib2to3 distutils tkinter turtledemo ensurepip pydoc_data site-packages dist-packages".split()
-)
+_OPTIONAL = frozenset({
+    "test", "tests", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip", "pydoc_data",
+    "site-packages", "dist-packages",
+})  # fmt: skip
 
 
 def documents(split: str) -> tuple[str, ...]:
