@@ -1,0 +1,182 @@
+"""What the stages left behind, read once: numbers as they are, and a reason for everything that is not there."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from apiq.errors import ApiqError
+from apiq.files import read_json
+from apiq.reporting.units import known
+
+PHASES = ("model", "calibration", "quantize", "finetune", "evaluate")
+MANIFESTS = {
+    "model": ("model", "model.json"),
+    "calibration": ("calibration", "manifest.json"),
+    "quantize": ("quantized", "apiq.json"),
+    "finetune": ("finetuned", "apiq.json"),
+    "evaluate": ("evaluation", "results.json"),
+}
+"""Phase -> its folder and the file in it that says where its results came from."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the stages wrote; None for what was not done."""
+
+    model: Path | None = None
+    calibration: Path | None = None
+    quantized: Path | None = None
+    finetuned: Path | None = None
+    evaluation: Path | None = None
+    timing: Path | None = None
+
+    @classmethod
+    def below(cls, data: str | Path) -> Folders:
+        """The folders as the stages of the pipeline name them in `data`."""
+        return cls(**{each.name: Path(data) / each.name for each in fields(cls)})
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """Mean squared error of a block's output before and after fitting; None where it was not measured."""
+
+    block: int
+    first: float | None
+    last: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss by epoch of one block, or of one linear (`group`) of it; epoch 0 is before fitting."""
+
+    block: int
+    group: str
+    epochs: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Losses of finetuning in nats per token, as (step, loss)."""
+
+    training: tuple[tuple[float, float], ...]
+    held_out: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the page tells."""
+
+    folders: Folders
+    manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Phase -> what its manifest says, parameters and hashes among it."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """metrics.json of the quantized model."""
+    blocks: Sequence[BlockLoss] = ()
+    curves: Sequence[Curve] = ()
+    training: TrainingLog | None = None
+    evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Model (full, quantized, finetuned, ...) -> {perplexity: {text: value}, tasks: {task: {metric: value}}}."""
+    timing: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Phase -> seconds, cpu_seconds, peak_memory_mb, peak_gpu_memory_mb."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Topic -> why there is nothing on it."""
+
+
+def gather(folders: Folders) -> Run:
+    """Read what the stages left.
+
+    Raises:
+        ApiqError: a file is there but damaged; what is missing is told in `absent` instead.
+    """
+    absent: dict[str, str] = {}
+
+    def content(topic: str, folder: Path | None, name: str, stage: str) -> Path | None:
+        if folder is None:
+            absent[topic] = f"The {stage} was left out of this report."
+        elif not (folder / name).is_file():
+            absent[topic] = f"There is no {name} of the {stage}: it has not been run."
+        else:
+            return folder / name
+        return None
+
+    metrics = content("quantized", folders.quantized, "metrics.json", "quantization")
+    losses = content("curves", folders.quantized, "losses.csv", "quantization")
+    log = content("finetuned", folders.finetuned, "log.csv", "finetuning")
+    evaluation = content("evaluation", folders.evaluation, "metrics.json", "evaluation")
+    quantization = read_json(metrics) if metrics else {}
+    return Run(
+        folders=folders,
+        manifests=_manifests(folders),
+        quantization=quantization,
+        blocks=_blocks(quantization.get("blocks", [])),
+        curves=_curves(losses) if losses else (),
+        training=_training(log) if log else None,
+        evaluation=read_json(evaluation) if evaluation else {},
+        timing=_timing(folders.timing),
+        absent=absent,
+    )
+
+
+def _manifests(folders: Folders) -> dict[str, dict[str, Any]]:
+    given = {phase: (getattr(folders, folder), name) for phase, (folder, name) in MANIFESTS.items()}
+    files = {phase: folder / name for phase, (folder, name) in given.items() if folder}
+    return {phase: read_json(file) for phase, file in files.items() if file.is_file()}
+
+
+def _timing(folder: Path | None) -> dict[str, dict[str, float]]:
+    """Costs by phase; that of the report itself would make the page depend on its own past."""
+    files = {phase: folder / f"{phase}.json" for phase in PHASES} if folder else {}
+    return {phase: read_json(file) for phase, file in files.items() if file.is_file()}
+
+
+def _blocks(rows: Sequence[Mapping[str, Any]]) -> tuple[BlockLoss, ...]:
+    def loss(row: Mapping[str, Any], key: str) -> float | None:
+        return row[key] if known(row.get(key)) else None
+
+    return tuple(BlockLoss(place, loss(row, "loss_first"), loss(row, "loss_last")) for place, row in enumerate(rows))
+
+
+def _curves(path: Path) -> tuple[Curve, ...]:
+    points: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for row in _rows(path, ("block", "name", "epoch", "loss")):
+        block, epoch, loss = (_value(path, row, column) for column in ("block", "epoch", "loss"))
+        if block is not None and epoch is not None and loss is not None:
+            points.setdefault((int(block), row["name"]), []).append((epoch, loss))
+    return tuple(
+        Curve(block, group, tuple(epoch for epoch, _ in of_one), tuple(loss for _, loss in of_one))
+        for (block, group), of_one in points.items()
+    )
+
+
+def _training(path: Path) -> TrainingLog:
+    columns: dict[str, list[tuple[float, float]]] = {"loss": [], "held_out_loss": []}
+    for row in _rows(path, ("step", *columns)):
+        step = _value(path, row, "step")
+        for column, points in columns.items():
+            loss = _value(path, row, column)
+            if step is not None and loss is not None:
+                points.append((step, loss))
+    return TrainingLog(tuple(columns["loss"]), tuple(columns["held_out_loss"]))
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ApiqError(f"{path} is damaged: it has no column {missing[0]}.")
+        return list(reader)
+
+
+def _value(path: Path, row: Mapping[str, str], column: str) -> float | None:
+    """The number in a cell; None where it is empty or not finite."""
+    try:
+        value = float(row[column] or "nan")
+    except (TypeError, ValueError):
+        raise ApiqError(f"{path} is damaged: {row[column]!r} in column {column} is not a number.") from None
+    return value if known(value) else None

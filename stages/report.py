@@ -1,0 +1,16 @@
+"""Write the report page with its figures and tables."""
+
+from apiq.params import Params
+from apiq.progress import Progress
+from stages import DATA, REPORT, run
+
+
+def main(params: Params, progress: Progress) -> None:
+    """What all other stages left in data/ to data/report/."""
+    from apiq.reporting.page import report
+
+    report(DATA, REPORT, params.report.title, params.report.histogram_block)
+
+
+if __name__ == "__main__":
+    run("report", main)
