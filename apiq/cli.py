@@ -55,7 +55,7 @@ _finetune = Params.model_fields["finetune"].annotation
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A local folder in Hugging Face format, or the name of a hub repository.")],
+    model: Annotated[str, typer.Argument(help="A local folder in Hugging Face format, or a hub repository: NAME or NAME@REVISION.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
     method: Annotated[str | None, field(_quantize, "method")] = None,
     bits: Annotated[int | None, field(_quantize, "bits")] = None,
@@ -69,7 +69,6 @@ def quantize(
     length: Annotated[int | None, field(_calibration, "length")] = None,
     column: Annotated[str | None, field(_calibration, "column")] = None,
     join: Annotated[str | None, field(_calibration, "join")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the windows and of the adapters' start. [dim]\\[default: 0][/dim]", show_default=False)] = None,
     device: Annotated[str | None, field(_quantize, "device")] = None,
     settings: Set = None,
@@ -83,7 +82,7 @@ def quantize(
     A stopped run is taken up where it was by the same command: finished blocks wait in
     $APIQ_WORK, or in .apiq_work/ here.
     """
-    from apiq.models.source import locate, locate_revision
+    from apiq.models.source import locate
 
     given = {
         "quantize": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank,
@@ -93,7 +92,7 @@ def quantize(
     }  # fmt: skip
     params = _params(given, settings)
     with _working("quantize") as progress:
-        folder = locate(model) if revision is None else locate_revision(model, revision)
+        folder = locate(model)
         needed = params.quantize.method != "rtn" or calibration is not None
         tokens = _calibration_windows(folder, params) if needed else None
         import apiq.quantization

@@ -20,9 +20,10 @@ from apiq.checkpoint.loading import FullPrecision, full_precision
 from apiq.checkpoint.writing import REST, block_file, write_adapter, write_index, write_rest
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
-from apiq.files import new_folder, read_json, sha256_folder, write_json
+from apiq.files import new_folder, read_json, sha256, write_json
 from apiq.meter import Meter
 from apiq.methods import build
+from apiq.models.manifest import SUFFIXES
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
 from apiq.work import code_version, fingerprint, work_folder
@@ -102,7 +103,7 @@ def _deciding(params: QuantizeParams) -> dict[str, Any]:
 def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:
     digest = None if windows is None else fingerprint({"windows": windows.tolist()})
     return {
-        "model": sha256_folder(folder),
+        "model": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES},
         "windows": digest,
         "parameters": _deciding(params),
         "code": code_version(),

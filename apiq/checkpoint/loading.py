@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from apiq.checkpoint import manifest
 from apiq.device import pick_device, pick_dtype
@@ -107,12 +108,17 @@ def load(
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     name = (config.architectures or [""])[0]
     family = getattr(transformers, name, AutoModelForCausalLM)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         model, report = family.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
         )
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ApiqError(f"the weights in {folder} cannot be read: {' '.join(str(error).split())}.") from None
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if wrong:
         raise ApiqError(f"{folder} has no weights, or none of the right shape, for {wrong[0]} ({len(wrong)} in all).")
