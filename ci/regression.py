@@ -12,6 +12,7 @@ import fnmatch
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,4 +129,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as error:  # what it said stands above
+        sys.exit(f"the regression check could not be made: {shlex.join(error.cmd)} failed.")
