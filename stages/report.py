@@ -9,7 +9,8 @@ def main(params: Params, progress: Progress) -> None:
     """What all other stages left in data/ to data/report/."""
     from apiq.reporting.page import report
 
-    report(DATA, REPORT, params.report.title, params.report.histogram_block)
+    shown = params.report
+    report(DATA, REPORT, shown.title, shown.histogram_block, params.model_dump(mode="json"))
 
 
 if __name__ == "__main__":

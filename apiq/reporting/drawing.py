@@ -164,6 +164,9 @@ def inline(document: str, name: str, kind: str, description: str) -> str:
     root = ElementTree.fromstring(document)
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
+    for definitions in root.findall(f"{{{SVG}}}defs"):  # rules of their <style> would hold for the whole page
+        for rule in definitions.findall(f"{{{SVG}}}style"):
+            definitions.remove(rule)
     root.attrib |= {"class": kind, "role": "img", "aria-label": description}
     targets = {reference for element in root.iter() for reference in _references(element)}
     for element in root.iter():

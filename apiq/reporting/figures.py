@@ -88,20 +88,19 @@ def loss_curves(curves: Sequence[Curve], width: float) -> Figure:
     columns = min(len(groups), 2 if width <= NARROW else 4)
     rows = -(-len(groups) // columns)
     height = 1.9 if columns == 1 else 1.2
-    figure, axes = panels(width, 0.5 + (height + 0.25) * rows, rows, columns, sharex=True, sharey=True)
+    figure, axes = panels(width, 0.5 + (height + 0.25) * rows, rows, columns, sharex=True)
     names = short_names(list(groups))
-    for panel, (group, lines) in zip(axes, groups.items(), strict=False):
+    for panel, lines in zip(axes, groups.values(), strict=False):
         for index, curve in enumerate(lines):
             mark = "o" if len(curve.epochs) == 1 else None
             panel.plot(curve.epochs, curve.losses, marker=mark, ms=4, color=ramp(index, len(lines)), linewidth=1.2)
         panel.set_yscale("log")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if columns == 1 else 3))
-        if len(groups) > 1:
-            panel.set_title(names[group], fontsize=8.5)
-    _plain(axes[0])
-    for place, (panel, lines) in enumerate(zip(axes, groups.values(), strict=False)):
-        _name_lines(panel, lines, height)
-        panel.tick_params(labelbottom=place + columns >= len(groups))
+        _plain(panel)
+        _name_lines(panel, lines, height, few=len(groups) > 1)
+    for place, (panel, group) in enumerate(zip(axes, groups, strict=False)):
+        panel.tick_params(labelbottom=place + columns >= len(groups), labelsize=8 if len(groups) == 1 else 7)
+        panel.set_title(names[group] if len(groups) > 1 else "", fontsize=8.5)
     for panel in axes[len(groups) :]:
         panel.set_axis_off()
     figure.supxlabel("epoch", fontsize=8.5, color=colour("muted"))
@@ -109,18 +108,15 @@ def loss_curves(curves: Sequence[Curve], width: float) -> Figure:
     return figure
 
 
-def _name_lines(axes: Axes, lines: Sequence[Curve], height: float) -> None:
-    """Write `block n` at the right end of the lines: of all while there is room, else of the outermost and extreme."""
+def _name_lines(axes: Axes, lines: Sequence[Curve], height: float, few: bool) -> None:
+    """Write the block at the right end of the lines: of the first and last if `few`, or if all have no room."""
     ends = [(curve.epochs[-1], curve.losses[-1]) for curve in lines]
-    named = set(range(len(lines)))
-    if len(lines) > height * 72 / 11:
-        losses = [loss for _, loss in ends]
-        named = {0, len(lines) - 1, losses.index(max(losses)), losses.index(min(losses))}
+    named = {0, len(lines) - 1} if few or len(lines) > height * 72 / 11 else set(range(len(lines)))
     low, high = (math.log(limit) for limit in axes.get_ylim())
     levels = {index: (math.log(ends[index][1]) - low) / (high - low) * height * 72 for index in sorted(named)}
     for (index, level), moved in zip(levels.items(), apart(list(levels.values()), 10), strict=True):
         block = lines[index].block
-        text = f"block {block}" if index == 0 or len(named) < 3 else str(block)
+        text = f"block {block}" if index == 0 and not few else str(block)
         write(axes, text, ends[index], offset=(5, moved - level), color=ramp(index, len(lines)))
 
 
@@ -197,6 +193,6 @@ def role(model: str) -> str:
 def _plain(axes: Axes) -> None:
     """Ticks of a log axis as numbers, also where it spans less than a decade."""
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if low >= 1e-4 else power(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())

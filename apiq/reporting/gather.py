@@ -125,7 +125,10 @@ def gather(folders: Folders) -> Run:
 def _manifests(folders: Folders) -> dict[str, dict[str, Any]]:
     given = {phase: (getattr(folders, folder), name) for phase, (folder, name) in MANIFESTS.items()}
     files = {phase: folder / name for phase, (folder, name) in given.items() if folder}
-    return {phase: read_json(file) for phase, file in files.items() if file.is_file()}
+    manifests = {phase: read_json(file) for phase, file in files.items() if file.is_file()}
+    if "evaluate" in manifests:  # by model; all were measured in the same way
+        manifests["evaluate"] = next(iter(manifests["evaluate"].values()), {}).get("protocol", {})
+    return manifests
 
 
 def _timing(folder: Path | None) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ PAGE = "report.html"
 
 
 def report(
-    source: str | Path | Folders, out: str | Path, title: str = "ApiQ report", histogram_block: int = -1
+    source: str | Path | Folders,
+    out: str | Path,
+    title: str = "ApiQ report",
+    histogram_block: int = -1,
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write `out`/report.html, `out`/figures (PNG and SVG) and `out`/tables (Markdown).
 
@@ -32,6 +37,7 @@ def report(
         out: folder to write; takes the place of an older one when all is written.
         title: heading of the page.
         histogram_block: block whose histograms are drawn; negative counts from the last.
+        parameters: those of each phase, shown where none are recorded with its results.
 
     Returns:
         The page.
@@ -43,7 +49,7 @@ def report(
     if not (run.quantization or run.evaluation or run.training or run.timing or run.manifests):
         where = "the given folders" if isinstance(source, Folders) else source
         raise ApiqError(f"there is nothing to report in {where}: run the pipeline first.")
-    content = sections(run, histogram_block)
+    content = sections(run, histogram_block, parameters or {})
     with new_folder(out) as folder:
         (folder / "figures").mkdir()
         drawn = {figure.name: _draw(figure, folder / "figures") for section in content for figure in section.drawings}

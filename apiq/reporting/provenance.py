@@ -9,33 +9,45 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from apiq.reporting.gather import Run
+from apiq.reporting.gather import MANIFESTS, Run
 
 PACKAGES = ("apiq", "torch", "transformers", "peft")
-SHOWN_ELSEWHERE = ("parameters", "files", "perplexity", "tasks", "models")
-"""Keys of manifests that are no facts about the run, or stand in tables of their own."""
+NO_FACTS = ("parameters", "files", "format", "kind")
+"""Keys of manifests that stand elsewhere on the page or say nothing about the run."""
+DEMO = "demo"
+"""Parameters of the demo model: recorded with it where it was trained, and without effect elsewhere."""
+INPUTS = ("model", "calibration")
+"""Phases whose files are what the run started from; those of the others are its results."""
 
 
 def model_name(run: Run) -> str:
     """What to call the model: the name on the hub, the name of its folder, or `the demo model`."""
     manifest = run.manifests.get("model", {})
-    if manifest.get("kind") == "demo":
-        return "The demo model"
-    return manifest.get("repo") or PurePath(manifest.get("path") or manifest.get("source") or "The model").name
+    names = {
+        "demo": "The demo model",
+        "hub": manifest.get("repository"),
+        "local": PurePath(manifest.get("path", "")).name,
+    }
+    return names.get(manifest.get("kind", "")) or "The model"
 
 
-def parameters(run: Run) -> dict[str, dict[str, str]]:
-    """Phase -> parameter -> value, as the manifests have them."""
-    written = {phase: _flat(manifest.get("parameters", {})) for phase, manifest in run.manifests.items()}
-    return {phase: values for phase, values in written.items() if values}
+def parameters(run: Run, given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Phase -> parameter -> value: as recorded with the results, else as `given`."""
+    found = {}
+    for phase in MANIFESTS:
+        values = run.manifests.get(phase, {}).get("parameters") or given.get(phase, {})
+        if values:
+            found[phase] = _flat({key: value for key, value in values.items() if key != DEMO})
+    return found
 
 
 def origins(run: Run) -> dict[str, dict[str, str]]:
-    """Phase -> what else its manifest says, and the SHA-256 of each of its files."""
+    """Phase -> what else its manifest says, and the SHA-256 of each file that the run started from."""
     found = {}
     for phase, manifest in run.manifests.items():
-        facts = _flat({key: value for key, value in manifest.items() if key not in SHOWN_ELSEWHERE})
-        found[phase] = facts | {f"sha256 of {name}": digest for name, digest in manifest.get("files", {}).items()}
+        hashes = manifest.get("files", {}) if phase in INPUTS else {}
+        found[phase] = {f"sha256 of {name}": digest for name, digest in hashes.items()}
+        found[phase] |= _flat({key: value for key, value in manifest.items() if key not in NO_FACTS})
     return {phase: facts for phase, facts in found.items() if facts}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -51,8 +52,8 @@ class Section:
     """Sentences that say what is not here and why."""
 
 
-def sections(run: Run, histogram_block: int) -> list[Section]:
-    """The page from top to bottom.
+def sections(run: Run, histogram_block: int, parameters: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """The page from top to bottom; `parameters` are shown for phases that recorded none with their results.
 
     Raises:
         ApiqError: there is no such block, or a file is damaged.
@@ -64,7 +65,7 @@ def sections(run: Run, histogram_block: int) -> list[Section]:
         _bits(run),
         _finetuning(run),
         _cost(run),
-        _provenance(run),
+        _provenance(run, parameters),
     ]
 
 
@@ -90,8 +91,8 @@ def _blocks(run: Run) -> Section:
     drawings, absent = [], []
     if any(block.last for block in run.blocks):
         caption = (
-            "Mean squared error of the output of each block on the calibration windows, against the full-precision "
-            "model; the error of the blocks before it is part of it."
+            "Mean squared error of the output of each block on the calibration windows, against that of the "
+            "full-precision model; it contains the error of the blocks before."
         )
         drawings.append(Drawing("block_losses", caption, lambda width: figures.block_losses(run.blocks, width)))
     else:
@@ -99,8 +100,10 @@ def _blocks(run: Run) -> Section:
     curves = [curve for curve in run.curves if all(loss > 0 for loss in curve.losses)]
     if curves:
         whole = len({curve.group for curve in curves}) == 1
-        what = "Error of each block" if whole else "Error of each linear, in one panel for all blocks,"
-        caption = f"{what} by epoch, from the first block (blue) to the last (orange); epoch 0 is before fitting."
+        what = "the output of each block" if whole else "the output of each linear"
+        caption = (
+            f"Error of {what} by epoch, from the first block (blue) to the last (orange); epoch 0 is before fitting."
+        )
         drawings.append(Drawing("loss_curves", caption, lambda width: figures.loss_curves(curves, width)))
     else:
         absent.append(run.absent.get("curves", "There are no curves by epoch: this method fits nothing."))
@@ -119,8 +122,7 @@ def _weights(run: Run, block: int) -> Section:
     drawings = [
         Drawing(
             "weights",
-            "Share of the entries in each bin, on a log scale: the full-precision weight W, the quantized weight Q"
-            + (", and what the adapters add to it, A Bᵀ times alpha / r." if adapted else "."),
+            f"Share of the entries in each bin, on a log scale: {_matrices(model is not None, adapted)}.",
             lambda width: histograms.weight_histograms(shapes, width),
         ),
         Drawing("codes", "How often each code is used.", lambda width: histograms.code_histograms(shapes, width)),
@@ -134,6 +136,12 @@ def _weights(run: Run, block: int) -> Section:
     table = tables.weights_table(shapes, missing)
     listing = Listing("weights", "Relative weight error", table)
     return Section("weights", title, [sentence, *_closer(shapes)], drawings, [listing], absent)
+
+
+def _matrices(full_precision: bool, adapted: bool) -> str:
+    names = ["the full-precision weight W"] * full_precision + ["the quantized weight Q"]
+    names += ["what the adapters add to it, A Bᵀ times alpha / r"] * adapted
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _closer(shapes: Sequence[LinearShape]) -> list[str]:
@@ -198,18 +206,18 @@ def _cost(run: Run) -> Section:
     return Section("cost", title, [], [drawing], [listing], absent)
 
 
-def _provenance(run: Run) -> Section:
+def _provenance(run: Run, given: Mapping[str, Mapping[str, Any]]) -> Section:
     versions = tables.words_table({"": provenance.versions()}, ("", ""))
     listings = [Listing("versions", "Versions and machine of this report", versions)]
     absent = []
-    parameters, origins = provenance.parameters(run), provenance.origins(run)
+    parameters, origins = provenance.parameters(run, given), provenance.origins(run)
     if parameters:
         table = tables.words_table(parameters, ("parameter", "value"))
         listings.append(Listing("parameters", "Parameters", table))
     if origins:
-        table = tables.words_table(origins, ("fact", "value"))
-        listings.append(Listing("inputs", "Inputs and hashes", table, folded=True))
+        table = tables.words_table(origins, ("input", "value"))
+        listings.append(Listing("inputs", "Inputs and their hashes", table, folded=True))
     unknown = [phase for phase in MANIFESTS if phase not in parameters]
     if unknown:
-        absent.append(f"The parameters of {', '.join(unknown)} were not recorded with the results.")
+        absent.append(f"The parameters of {', '.join(unknown)} are not known.")
     return Section("run", "What was run", [], [], listings, absent)
