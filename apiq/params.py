@@ -175,6 +175,8 @@ class FinetuneParams(Section):
     """Gradients longer than this are shortened to it."""
     checkpoints: Positive = 4
     """Times that the held-out loss is measured and the state saved, spread evenly over the run."""
+    activation_checkpointing: bool = False
+    """Compute the activations of a block again in the backward pass: less memory, about a third more time."""
     dtype: DType = "auto"
     """Arithmetic: auto is bfloat16 on a GPU and float32 on a CPU."""
     device: Device = "auto"

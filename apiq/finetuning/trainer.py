@@ -127,6 +127,7 @@ def _arguments(params: FinetuneParams, work: Path) -> TrainingArguments:
         max_grad_norm=params.max_grad_norm,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
+        activation_checkpointing=params.activation_checkpointing,
         use_cpu=device.type == "cpu",
         seed=params.seed % 2**32,
         data_seed=params.seed,

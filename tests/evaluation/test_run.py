@@ -31,7 +31,7 @@ def with_task(params, tmp_path):
     (tmp_path / "task.yaml").write_text(
         "task: next\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
         f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'questions.jsonl'}}}}}\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: label\nmetric_list: [{metric: acc}]\n'
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: label\nmetric_list: [{metric: acc}]'
     )
     return params.model_copy(update={"tasks": ["next"], "task_folder": str(tmp_path)})
 

@@ -80,6 +80,12 @@ def test_two_runs_are_the_same_to_the_byte(quantized, params, whole_run, tmp_pat
     assert sha256_folder(again) == sha256_folder(whole_run[0])
 
 
+def test_recomputing_activations_changes_nothing(quantized, params, whole_run, tmp_path):
+    out = tmp_path / "out"
+    finetune(quantized, params.model_copy(update={"activation_checkpointing": True}), out)
+    assert sha256_folder(out) == sha256_folder(whole_run[0])
+
+
 @pytest.mark.parametrize("step", [2, 4, 6, 11])
 def test_a_killed_run_goes_on_to_the_same_bytes(quantized, params, whole_run, tmp_path, work, step):
     out, reports = tmp_path / "out", []

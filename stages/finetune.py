@@ -1,0 +1,16 @@
+"""Train the adapters on the frozen packed model."""
+
+from apiq.params import Params
+from apiq.progress import Progress
+from stages import FINETUNED, QUANTIZED, run
+
+
+def main(params: Params, progress: Progress) -> None:
+    """data/quantized/ to data/finetuned/."""
+    from apiq.finetuning.run import finetune
+
+    finetune(QUANTIZED, params.finetune, FINETUNED, progress)
+
+
+if __name__ == "__main__":
+    run("finetune", main)
