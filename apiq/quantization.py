@@ -66,8 +66,8 @@ def quantize(
     with new_folder(out) as folder:
         for index in range(count):
             shutil.copy2(store.folder / block_file(index), folder / block_file(index))
-        write_rest(folder / REST, original.model, blocks.path)
-        write_index(folder, [*(block_file(index) for index in range(count)), REST])
+        write_rest(folder / REST, original.model, blocks.path, original.dtype)
+        write_index(folder, [*(block_file(index) for index in range(count)), REST], _shapes(store))
         _write_config(original, folder, blocks.path, names, params)
         if method.adapted:
             _write_adapters(store, folder, blocks.path, names, params)
@@ -151,6 +151,10 @@ def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[st
         "bits": bits,
         "blocks": blocks,
     }
+
+
+def _shapes(store: BlockStore) -> dict[str, list[int]]:
+    return {name: shape for record in store.records for name, shape in record["shapes"].items()}
 
 
 def _write_losses(store: BlockStore, path: Path) -> None:

@@ -25,7 +25,7 @@ from apiq.blocks.architecture import Blocks, replace
 from apiq.blocks.capture import BlockCall, capture
 from apiq.blocks.problem import Method, Problem, Solution
 from apiq.blocks.store import BlockStore, replacing
-from apiq.checkpoint.writing import block_file, write_block
+from apiq.checkpoint.writing import block_file, shapes, write_block
 from apiq.errors import ApiqError
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, Step
@@ -68,7 +68,7 @@ class Walk:
             adapters = deploy(block, solution, self.params, self.storage)
             X, Xq, last = problem.targets, *self._propagate(problem)
             self._save(block, index, adapters, X, Xq)
-            self._finish(index, solution, last)
+            self._finish(block, index, solution, last)
             self.blocks.modules[index] = nn.Identity()
 
     def _start(self, done: int) -> tuple[Activations | None, Activations | None, list[BlockCall]]:
@@ -117,9 +117,11 @@ class Walk:
         if X is not None and Xq is not None and index + 1 < len(self.blocks.modules):
             self.store.save_activations(index + 1, X, Xq)
 
-    def _finish(self, index: int, solution: Solution, last: float | None) -> None:
+    def _finish(self, block: nn.Module, index: int, solution: Solution, last: float | None) -> None:
+        name = f"{self.blocks.path}.{index}"
         record: dict[str, Any] = {
-            "name": f"{self.blocks.path}.{index}",
+            "name": name,
+            "shapes": shapes(block, name),
             "loss_first": last if solution.start is None else solution.start,
             "loss_last": last,
             "curves": [{"name": curve.name, "losses": curve.losses} for curve in solution.curves],

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apiq.checkpoint.writing import INDEX
 from apiq.errors import ApiqError
+from apiq.files import read_json
 
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U8": 8, "I8": 8}
 
@@ -38,15 +40,14 @@ def effective_bits(folder: str | Path, adapter: str | Path | None = None) -> Bit
         ApiqError: no packed linear is in the folder.
     """
     folder = Path(folder)
-    spent, weights = {"codes": 0, "scales": 0, "zeros": 0}, 0
-    for file in sorted(folder.glob("block-*.safetensors")):
-        header = read_header(file)
-        for name, shape in header.get("__metadata__", {}).items():
-            if name == "format":
-                continue
-            weights += math.prod(map(int, shape.split("x")))
-            for part in spent:
-                spent[part] += _size(header.get(f"{name}.{part}"))
+    index = read_json(folder / INDEX)
+    headers = {file: read_header(folder / file) for file in sorted(set(index["weight_map"].values()))}
+    entries = {name: entry for header in headers.values() for name, entry in header.items()}
+    spent, shapes = {"codes": 0, "scales": 0, "zeros": 0}, index["metadata"].get("shapes", {})
+    for name in shapes:
+        for part in spent:
+            spent[part] += _size(entries.get(f"{name}.{part}"))
+    weights = sum(math.prod(shape) for shape in shapes.values())
     if not weights:
         raise ApiqError(f"{folder} holds no packed linears to count the bits of.")
     low_rank = Path(adapter or folder / "adapter") / "adapter_model.safetensors"

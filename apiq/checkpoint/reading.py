@@ -50,12 +50,13 @@ def linear(folder: str | Path, name: str, adapter: str | Path | None = None) -> 
     folder = Path(folder)
     config = read_json(folder / "config.json").get("quantization_config", {})
     grid = Grid(config["bits"], config["group_size"], config["symmetric"])
-    place = read_json(folder / INDEX)["weight_map"].get(f"{name}.codes")
+    index = read_json(folder / INDEX)
+    place = index["weight_map"].get(f"{name}.codes")
     if place is None:
         raise ApiqError(f"{folder} has no packed linear {name}.")
     try:
         with safe_open(folder / place, framework="pt") as file:
-            out_features, in_features = map(int, file.metadata()[name].split("x"))
+            out_features, in_features = index["metadata"]["shapes"][name]
             packed = PackedLinear(in_features, out_features, grid, False, torch.float32)
             for part in dict(packed.named_buffers()):
                 setattr(packed, part, file.get_tensor(f"{name}.{part}"))

@@ -28,43 +28,41 @@ def write_block(path: Path, block: nn.Module, prefix: str, dtype: torch.dtype) -
     """Write the tensors of a block whose linears are packed, under the names of the whole model.
 
     Norms and biases are written in `dtype`, that of the original model, codes and scales as they are.
-
-    The header notes the shape (out, in) of each packed linear, which its words do not tell.
     """
     plain = {_without_adapters(name): value for name, value in block.state_dict().items() if ".lora_" not in name}
-    tensors = {
-        f"{prefix}.{name}": value.to(value.dtype if name.endswith(".scales") or not value.is_floating_point() else dtype)
-        for name, value in plain.items()
-    }
-    shapes = {
-        f"{prefix}.{_without_adapters(name)}": f"{module.out_features}x{module.in_features}"
+    tensors = {f"{prefix}.{name}": _stored(name, value, dtype) for name, value in plain.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def shapes(block: nn.Module, prefix: str) -> dict[str, list[int]]:
+    """Shape [out, in] of each packed linear of a block, which its words do not tell."""
+    return {
+        f"{prefix}.{_without_adapters(name)}": [module.out_features, module.in_features]
         for name, module in block.named_modules()
         if isinstance(module, PackedLinear)
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt", **shapes})
 
 
-def write_rest(path: Path, model: nn.Module, blocks: str) -> None:
-    """Write what lies outside the blocks: embeddings, last norm, head. Tied tensors are written once."""
+def write_rest(path: Path, model: nn.Module, blocks: str, dtype: torch.dtype) -> None:
+    """Write what lies outside the blocks, in `dtype`: embeddings, last norm, head. Tied tensors are written once."""
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()
     for name, value in model.state_dict().items():
         if name.startswith(f"{blocks}.") or value.data_ptr() in written:
             continue
         written.add(value.data_ptr())
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = _stored(name, value, dtype)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def write_index(folder: Path, files: Iterable[str]) -> None:
-    """Write the index that tells transformers in which file each tensor is."""
+def write_index(folder: Path, files: Iterable[str], shapes: Mapping[str, list[int]]) -> None:
+    """Write the index that tells transformers in which file each tensor is, and anyone the shape of each packed linear."""
     places: dict[str, str] = {}
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:
             places.update(dict.fromkeys(tensors.keys(), file))
     total = sum((folder / file).stat().st_size for file in files)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(folder / INDEX, {"metadata": {"total_size": total, "shapes": shapes}, "weight_map": places})
 
 
 def write_adapter(
@@ -78,6 +76,11 @@ def write_adapter(
     config.inference_mode = True
     config.save_pretrained(folder)
     save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / "adapter_model.safetensors")
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = name.endswith(".scales") or not value.is_floating_point()
+    return value.detach().to(device="cpu", dtype=value.dtype if kept else dtype).contiguous()
 
 
 def _without_adapters(name: str) -> str:

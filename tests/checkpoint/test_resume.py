@@ -1,0 +1,68 @@
+"""A walk that was stopped goes on, and ends in the same bytes."""
+
+import pytest
+
+from apiq.errors import ApiqError
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(share):
+    def progress(step):
+        if step.phase == "quantize" and step.done >= share:
+            raise Stopped
+
+    return progress
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["rtn", "apiq-lw", "apiq-bw"])
+def test_resumed_equals_uninterrupted_bit_for_bit(make, work, method):
+    whole, _ = make("whole", method=method, epochs=2)
+    with pytest.raises(Stopped):
+        make("stopped", method=method, epochs=2, progress=stop_at(1.0 if method == "rtn" else 1.2))
+    assert len(list(work.iterdir())) == 1
+    steps = []
+    resumed, _ = make("stopped", method=method, epochs=2, progress=steps.append)
+    assert min(step.done for step in steps) >= 1
+    assert content(resumed) == content(whole)
+    assert not list(work.iterdir())
+
+
+def test_a_stopped_walk_leaves_nothing_in_the_output(make, tmp_path):
+    with pytest.raises(Stopped):
+        make("stopped", progress=stop_at(1.2))
+    assert not list(tmp_path.glob("*stopped*"))
+
+
+def test_other_parameters_begin_anew(make, work):
+    with pytest.raises(Stopped):
+        make("stopped", progress=stop_at(1.2))
+    steps = []
+    make("stopped", bits=3, progress=steps.append)
+    assert min(step.done for step in steps) < 1
+    assert len(list(work.iterdir())) == 1  # the first one is still waiting
+
+
+def test_damaged_work_is_refused_with_what_to_do(make, work):
+    with pytest.raises(Stopped):
+        make("stopped", progress=stop_at(1.2))
+    (path,) = work.glob("*/activations-001.safetensors")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ApiqError, match="delete it and start again"):
+        make("stopped")
+
+
+def test_the_old_output_stays_until_the_new_one_stands(make):
+    old, _ = make("kept", bits=4)
+    before = content(old)
+    with pytest.raises(Stopped):
+        make("kept", bits=3, progress=stop_at(1.2))
+    assert content(old) == before
+    make("kept", bits=3)
+    assert content(old) != before
