@@ -142,9 +142,10 @@ def svg(figure: Figure) -> str:
     """The figure as an SVG document without background, dates or names of programs."""
     stream = io.StringIO()
     with _style():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what is laid out stays, and a PNG of the same figure is like the SVG
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", facecolor="none", metadata=nothing)
-    figure.set_layout_engine("none")  # a PNG of the same figure is laid out as the SVG
     return re.sub(r"(font: [^;']*px) 'DejaVu Sans'", rf"\1 {FONTS}", stream.getvalue())
 
 

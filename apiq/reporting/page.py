@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from apiq.errors import ApiqError
 from apiq.files import new_folder, write_text
@@ -60,18 +59,17 @@ def report(
     return Path(out) / PAGE
 
 
-def _draw(figure: Drawing, folder: Path) -> Markup:
+def _draw(figure: Drawing, folder: Path) -> str:
     """Save a figure, and give it for the page: drawn for a wide and for a narrow screen, of which one is shown."""
     wide, narrow = (figure.draw(width) for width in (drawing.WIDE, drawing.NARROW))
     documents = {"wide": drawing.svg(wide), "narrow": drawing.svg(narrow)}
     drawing.save(wide, documents["wide"], folder / figure.name)
-    return Markup("\n").join(
-        Markup(drawing.inline(document, f"{figure.name}-{kind}", kind, figure.caption))
-        for kind, document in documents.items()
+    return "\n".join(
+        drawing.inline(document, f"{figure.name}-{kind}", kind, figure.caption) for kind, document in documents.items()
     )
 
 
-def _html(title: str, run: Run, content: list[Section], drawn: dict[str, Markup]) -> str:
+def _html(title: str, run: Run, content: list[Section], drawn: dict[str, str]) -> str:
     loader = PackageLoader("apiq.reporting", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined,
@@ -83,7 +81,7 @@ def _html(title: str, run: Run, content: list[Section], drawn: dict[str, Markup]
         facts=_facts(run),
         sections=content,
         drawn=drawn,
-        style=Markup(loader.get_source(environment, "style.css")[0]),
+        style=loader.get_source(environment, "style.css")[0],
         colours=palette.variables(),
     )
 

@@ -73,6 +73,8 @@ def _results(run: Run) -> Section:
     title = "What was lost and brought back"
     if not run.evaluation:
         return Section("results", title, absent=[run.absent["evaluation"]])
+    if not results.texts(run.evaluation) and not results.metrics(run.evaluation):
+        return Section("results", title, absent=["The evaluation measured neither texts nor tasks."])
     lost = results.losses(run.evaluation)
     names = results.models(run.evaluation)
     caption = "Log perplexity of each model above that of the full-precision model, which stands at zero."
@@ -100,13 +102,15 @@ def _blocks(run: Run) -> Section:
     curves = [curve for curve in run.curves if all(loss > 0 for loss in curve.losses)]
     if curves:
         whole = len({curve.group for curve in curves}) == 1
-        what = "the output of each block" if whole else "the output of each linear"
+        what = "the output of each block" if whole else "the output of each linear, one line a block,"
         caption = (
             f"Error of {what} by epoch, from the first block (blue) to the last (orange); epoch 0 is before fitting."
         )
         drawings.append(Drawing("loss_curves", caption, lambda width: figures.loss_curves(curves, width)))
     else:
         absent.append(run.absent.get("curves", "There are no curves by epoch: this method fits nothing."))
+    if curves and len(curves) < len(run.curves):
+        absent.append("Curves that reach an error of zero are left out: the scale is logarithmic.")
     listing = Listing("blocks", "Errors of the blocks", tables.blocks_table(run.blocks), folded=True)
     return Section("blocks", title, [], drawings, [listing], absent)
 
