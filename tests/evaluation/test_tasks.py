@@ -96,13 +96,13 @@ def test_limit_takes_the_first_documents(alphabet, tokenizer, folder):
     assert (record["metrics"]["acc"], record["documents"]) == (1, 2)
 
 
-def test_reports_requests_and_keeps_stdout_and_random_state(alphabet, tokenizer, folder, capsys):
+def test_reports_requests_and_keeps_quiet_and_the_random_state(alphabet, tokenizer, folder, capfd):
     steps, states = [], (random.getstate(), torch.get_rng_state())
     run_suite(alphabet, tokenizer, load_suite(["next_letter"], folder), progress=steps.append)
     assert (steps[-1].detail, steps[-1].done, steps[-1].total) == ("next_letter", 18, 18)
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_unknown_task_is_named_with_a_near_one(folder, monkeypatch):

@@ -169,9 +169,9 @@ def test_what_cannot_be_trained_is_refused(quantized, params, tmp_path, update, 
         finetune(quantized, params.model_copy(update=update), tmp_path / "out")
 
 
-def test_nothing_is_printed_and_the_random_state_is_given_back(quantized, params, tmp_path, capsys):
+def test_nothing_is_printed_and_the_random_state_is_given_back(quantized, params, tmp_path, capfd):
     states = random.getstate(), torch.get_rng_state()
     finetune(quantized, params, tmp_path / "out")
-    assert capsys.readouterr().out == ""
+    assert capfd.readouterr().out == ""
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
