@@ -29,7 +29,6 @@ from apiq.profiles import lay
 ROOT = Path(__file__).parents[1]
 METRICS = "ci/metrics.json"
 DVC = (sys.executable, "-m", "dvc")
-STAGES = {"quantize": "data/quantized", "finetune": "data/finetuned", "evaluate": "data/evaluation"}
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,27 @@ def judge(changes: Mapping[str, Mapping[str, Any]], tolerances: Mapping[str, Tol
 
 
 def measure(copy: Path) -> dict[str, Any]:
-    """Run the pipeline of the tree on the profile `ci` in the new folder `copy`; return the stages' metrics."""
+    """Run the pipeline of the tree on the profile `ci` in the new folder `copy`; return what is to stay as it is."""
     copy_tree(copy)
     lay("ci", copy / "params.yaml")
     call(copy, *DVC, "repro")
-    return {stage: read_json(copy / out / "metrics.json") for stage, out in STAGES.items()}
+    return summary(*(read_json(copy / "data" / name / "metrics.json") for name in ("quantized", "evaluation")))
+
+
+def summary(quantized: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of two stages, with what shows damage better than the perplexities themselves.
+
+    `lost` is the log perplexity above full precision, in nats a token; `error_left` the share of
+    each block's error that fitting left.
+    """
+    perplexity = {model: found["perplexity"]["demo"] for model, found in evaluation.items()}
+    full = perplexity["full"]
+    return {
+        "bits": quantized["bits"],
+        "error_left": {block["name"]: block["loss_last"] / block["loss_first"] for block in quantized["blocks"]},
+        "lost": {model: math.log(value / full) for model, value in perplexity.items() if model != "full"},
+        "perplexity": perplexity,
+    }
 
 
 def copy_tree(copy: Path) -> None:
@@ -100,10 +115,14 @@ def changes_since_commit(copy: Path) -> dict[str, Any]:
 
 
 def call(folder: Path, *command: str, read: bool = False) -> str:
-    """Run `command` in `folder` with this Python first on the path; return what it wrote to stdout if `read`."""
+    """Run `command` in `folder` with this Python first on the path; return what it wrote to stdout if `read`.
+
+    On one thread, so that sums are added in the same order whatever the number of cores.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     stdout = subprocess.PIPE if read else None
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, stdout=stdout, text=True, check=True)
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=stdout, text=True, check=True)
     return done.stdout or ""
 
 

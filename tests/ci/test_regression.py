@@ -81,6 +81,15 @@ def leaves(values, name=""):
     }
 
 
+def test_the_summary_tells_what_was_lost_and_what_fitting_left():
+    quantized = {"bits": {"total": 2.5}, "blocks": [{"name": "block.0", "loss_first": 4.0, "loss_last": 1.0}]}
+    evaluation = {"full": {"perplexity": {"demo": 10.0}}, "quantized": {"perplexity": {"demo": 10.0 * math.e}}}
+    found = regression.summary(quantized, evaluation)
+    assert found["lost"] == {"quantized": pytest.approx(1.0)}
+    assert found["error_left"] == {"block.0": 0.25}
+    assert found["bits"] == {"total": 2.5}
+
+
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A tree with committed metrics and tolerances, an ignored file and one that is new; the pipeline is made up."""
