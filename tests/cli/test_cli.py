@@ -1,0 +1,170 @@
+"""The command line: its fixed forms, its JSON, its exit statuses."""
+
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from apiq.cli import main
+
+WORDS = 61
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    dice = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    rows = (" ".join(f"w{dice.randrange(3, WORDS)}" for _ in range(40)) for _ in range(20))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def apiq(monkeypatch, capfd, tmp_path):
+    """Run the command; its exit status, stdout and stderr."""
+    monkeypatch.setenv("APIQ_WORK", str(tmp_path / "work"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["apiq", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        seen = capfd.readouterr()
+        return status, seen.out, seen.err
+
+    return run
+
+
+SMALL = ("--bits", 2, "--group-size", 16, "--rank", 4, "--windows", 4, "--length", 16, "--epochs", 1, "--seed", 0)
+
+
+@pytest.fixture
+def quantized(apiq, model, corpus, tmp_path):
+    status, out, err = apiq(
+        "quantize", model, "--out", tmp_path / "q", "--method", "apiq-bw", *SMALL, "--calibration", corpus, "--json"
+    )
+    assert status == 0, err
+    return tmp_path / "q", out, err
+
+
+def test_quantize_prints_one_json_object_and_progress_apart(quantized):
+    _, out, err = quantized
+    result = json.loads(out)
+    assert {"effective_bits", "seconds", "cpu_seconds", "peak_memory_mb"} <= result.keys()
+    assert len(result["blocks"]) == 2
+    assert all(0 < block["loss_last"] and 0 < block["loss_first"] for block in result["blocks"])
+    assert "block 2/2" in err
+
+
+def test_evaluate_uses_the_adapters_unless_told_not_to(apiq, quantized, corpus):
+    folder = quantized[0]
+    form = ("--text", corpus, "--windows", 8, "--length", 16, "--json")
+    values = []
+    for extra in ((), ("--no-adapter",)):
+        status, out, err = apiq("evaluate", folder, *form, *extra)
+        assert status == 0, err
+        values.append(json.loads(out)["perplexity"])
+    assert all(1 < value < 10_000 for value in values)
+    assert values[0] != values[1]
+
+
+def test_finetune_and_evaluate_what_came_out(apiq, quantized, corpus, tmp_path):
+    folder = quantized[0]
+    status, out, err = apiq(
+        "finetune", folder, "--text", corpus, "--out", tmp_path / "f", "--length", 16, "--epochs", 1, "--batch-size", 4,
+        "-S", "finetune.accumulation=1", "-S", "finetune.learning_rate=0.003", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert json.loads(out)["held_out_loss_best"] > 0
+    status, out, err = apiq("evaluate", tmp_path / "f", "--text", corpus, "--length", 16, "--json")
+    assert status == 0, err
+    assert json.loads(out)["kind"] == "finetuned"
+
+
+def test_an_override_reaches_the_parameters(apiq, model, tmp_path):
+    status, out, err = apiq("quantize", model, "--out", tmp_path / "q", "--method", "rtn", "-S", "quantize.bits=8", "--json")
+    assert status == 0, err
+    assert json.loads(out)["bits"]["codes"] == 8
+
+
+def test_without_json_a_table_is_shown(apiq, model, tmp_path):
+    status, out, _ = apiq("quantize", model, "--out", tmp_path / "q", "--method", "rtn", "--group-size", 16)
+    assert status == 0
+    assert "effective bits" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--bits", 9), r"quantize.bits is 9"),
+        (("-S", "quantize.bit=3"), "quantize.bit is not a parameter; did you mean bits?"),
+        (("-S", "bits=3"), "section.key=value"),
+        (("--calibration", "missing.txt"), "missing.txt"),
+        (("--rank", 400), "quantize.rank is 400; it must be at most 16"),
+        (("--length", 64), "calibration.length is 64; it must be at most 32"),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_status_1(apiq, model, corpus, tmp_path, arguments, sentence):
+    form = ("quantize", model, "--out", tmp_path / "q", "--windows", 4, "--length", 16, "--rank", 4, "--epochs", 1)
+    status, out, err = apiq(*form, "--calibration", corpus, *arguments, "--json")
+    assert status == 1
+    assert out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("apiq: ")
+    assert sentence in last
+    assert "Traceback" not in err
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("text", ["", "w3 w4 w5"])
+def test_an_empty_or_too_short_corpus(apiq, model, tmp_path, text):
+    (tmp_path / "short.txt").write_text(text)
+    status, out, err = apiq(
+        "quantize", model, "--out", tmp_path / "q", *SMALL, "--calibration", tmp_path / "short.txt", "--json"
+    )
+    assert (status, out) == (1, "")
+    assert "short.txt" in err or "tokens" in err
+    assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("quantize",), ("quantize", "x"), ("evaluate", "x"), ("finetune", "x", "--out", "y"), ("nonsense",)]
+)
+def test_wrong_usage_is_status_2(apiq, arguments):
+    assert apiq(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "finetune", "report", "profile"])
+def test_help_teaches(apiq, command):
+    status, out, _ = apiq(command, "--help")
+    assert status == 0
+    assert "--json" in out
+
+
+def test_a_model_that_is_not_there(apiq, tmp_path):
+    status, out, err = apiq("quantize", tmp_path / "nothing", "--out", tmp_path / "q", "--method", "rtn", "--json")
+    assert (status, out) == (1, "")
+    assert "nothing" in err
