@@ -34,7 +34,12 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("-S", "--set", metavar="SECTION.KEY=VALUE", help="Set any parameter of params.yaml, as in -S quantize.decay_theta=0."),
+    typer.Option(
+        "-S",
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Set any parameter of params.yaml, as in -S quantize.decay_theta=0.",
+    ),
 ]
 
 
@@ -55,7 +60,9 @@ _finetune = Params.model_fields["finetune"].annotation
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A local folder in Hugging Face format, or a hub repository: NAME or NAME@REVISION.")],
+    model: Annotated[
+        str, typer.Argument(help="A local folder in Hugging Face format, or a hub repository: NAME or NAME@REVISION.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
     method: Annotated[str | None, field(_quantize, "method")] = None,
     bits: Annotated[int | None, field(_quantize, "bits")] = None,
@@ -69,7 +76,12 @@ def quantize(
     length: Annotated[int | None, field(_calibration, "length")] = None,
     column: Annotated[str | None, field(_calibration, "column")] = None,
     join: Annotated[str | None, field(_calibration, "join")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the windows and of the adapters' start. [dim]\\[default: 0][/dim]", show_default=False)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the windows and of the adapters' start. [dim]\\[default: 0][/dim]", show_default=False
+        ),
+    ] = None,
     device: Annotated[str | None, field(_quantize, "device")] = None,
     settings: Set = None,
     as_json: Json = False,
@@ -103,8 +115,15 @@ def quantize(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder of any kind (full precision, quantized, finetuned) or a hub name.")],
-    text: Annotated[str | None, typer.Option(help="Corpus for perplexity: a .txt, .jsonl or .parquet file, a folder of them, or a name such as wikitext2.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A folder of any kind (full precision, quantized, finetuned) or a hub name.")
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Corpus for perplexity: a .txt, .jsonl or .parquet file, a folder of them, or a name as wikitext2."
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(help="First so many non-overlapping windows; 0 for all.")] = 0,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
@@ -116,15 +135,16 @@ def evaluate(
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity (--text) and lm-eval tasks (--tasks) of a model.
+    r"""Measure perplexity (--text) and lm-eval tasks (--tasks) of a model.
 
-    [bold]Example:[/bold] apiq evaluate ./my-model-2bit --text wikitext2 --join '\\n\\n' --length 2048 --json
+    [bold]Example:[/bold] apiq evaluate ./my-model-2bit --text wikitext2 --join '\n\n' --length 2048 --json
     """
     if text is None and not tasks:
         raise typer.BadParameter("give --text, --tasks or both.")
     corpus = {"text": text, "windows": windows, "length": length, "column": column, "join": _unescape(join)}
     given = {
-        "evaluate": {"perplexity": {} if text is None else {"text": corpus}, "tasks": [name for name in tasks.split(",") if name],
+        "evaluate": {"perplexity": {} if text is None else {"text": corpus}, 
+                     "tasks": [name for name in tasks.split(",") if name],
                      "task_folder": None if task_folder is None else str(task_folder), "device": device},
     }  # fmt: skip
     params = _params(given, settings).evaluate
@@ -179,7 +199,12 @@ def finetune(
 @app.command()
 def report(
     data: Annotated[Path, typer.Option(help="Folder with the outputs of the pipeline.")] = Path("data"),
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html, figures and tables. [dim]\\[default: DATA/report][/dim]", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.html, figures and tables. [dim]\\[default: DATA/report][/dim]", show_default=False
+        ),
+    ] = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -194,7 +219,9 @@ def report(
 
 @app.command()
 def profile(
-    name: Annotated[str | None, typer.Argument(help="Name of a profile in params/, or a YAML file; none lists them.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a profile in params/, or a YAML file; none lists them.")
+    ] = None,
     params: Annotated[Path, typer.Option(help="The file to lay the profile over.")] = Path("params.yaml"),
     as_json: Json = False,
 ) -> None:
@@ -205,7 +232,11 @@ def profile(
     with _working("profile"):
         from apiq import profiles
 
-        result = {"profiles": profiles.names(params)} if name is None else {"profile": name, "changed": profiles.lay(name, params)}
+        result = (
+            {"profiles": profiles.names(params)}
+            if name is None
+            else {"profile": name, "changed": profiles.lay(name, params)}
+        )
     _show(result, as_json)
 
 

@@ -17,7 +17,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ApiqError(f"device is {name}; PyTorch sees {torch.cuda.device_count()} CUDA devices here, use auto or cpu.")
+        raise ApiqError(
+            f"device is {name}; PyTorch sees {torch.cuda.device_count()} CUDA devices here, use auto or cpu."
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ApiqError("device is mps; PyTorch finds no Metal device here, use auto or cpu.")
     return device

@@ -14,8 +14,10 @@ class Meter:
         self._started, self._cpu = time.monotonic(), _cpu_seconds()
 
     def reading(self) -> dict[str, float]:
-        """`seconds` on the clock, `cpu_seconds` of this process and its ended children, `peak_memory_mb`
-        resident (2^20 bytes), and `peak_gpu_memory_mb` allocated by PyTorch where a GPU is in use.
+        """The cost so far.
+
+        `seconds` on the clock, `cpu_seconds` of this process and its ended children, `peak_memory_mb` resident
+        (2^20 bytes), and `peak_gpu_memory_mb` allocated by PyTorch where a GPU is in use.
         """
         cost = {
             "seconds": round(time.monotonic() - self._started, 3),

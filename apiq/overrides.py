@@ -56,5 +56,7 @@ def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, A
     result = {key: lay_over(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
     for key, value in overlay.items():
         below = result.get(key)
-        result[key] = lay_over(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
+        result[key] = (
+            lay_over(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
+        )
     return result

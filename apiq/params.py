@@ -28,7 +28,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A section of params.yaml: immutable, closed to unknown keys, documented field by field."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class DemoModel(Section):
@@ -187,7 +189,9 @@ class FinetuneParams(Section):
     @model_validator(mode="after")
     def _data(self) -> FinetuneParams:
         require(self.task != "lm" or self.text is not None, "text", self.text, "a corpus when task is lm")
-        require(self.task != "instruction" or self.pairs is not None, "pairs", self.pairs, "a file when task is instruction")
+        require(
+            self.task != "instruction" or self.pairs is not None, "pairs", self.pairs, "a file when task is instruction"
+        )
         return self
 
 
@@ -213,6 +217,8 @@ class EvaluateParams(Section):
         default_factory=lambda: {"wikitext2": EvaluationText(text="wikitext2", join="\n\n")}
     )
     """Corpora by the name that they carry in the tables."""
+    rtn: bool = True
+    """Measure the model rounded to nearest on the same grid too: what the method has to regain."""
     tasks: list[str] = []
     """Names of lm-eval tasks, built in or described by the YAML files of task_folder."""
     task_folder: str | None = None

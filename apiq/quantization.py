@@ -48,7 +48,9 @@ def quantize(
     meter = Meter()
     method = build(params)
     if method.calibrated and windows is None:
-        raise ApiqError(f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn.")
+        raise ApiqError(
+            f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn."
+        )
     device = pick_device(params.device)
     compute = pick_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
@@ -74,7 +76,9 @@ def quantize(
         metrics = _metrics(store, folder, params)
         _write_losses(store, folder / "losses.csv")
         write_json(folder / "metrics.json", metrics)
-        manifest.write(folder, "quantized", method=params.method, parameters=_deciding(params), fingerprint=fingerprint(identity))
+        manifest.write(
+            folder, "quantized", method=params.method, parameters=_deciding(params), fingerprint=fingerprint(identity)
+        )
     shutil.rmtree(store.folder)
     cost = meter.reading()
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
@@ -83,17 +87,25 @@ def quantize(
 def _check_fit(
     original: FullPrecision, blocks: Blocks, windows: Tensor | None, params: QuantizeParams, adapted: bool
 ) -> None:
-    smallest = min((min(l.in_features, l.out_features), name) for name, l in linears(blocks.modules[0]).items())
+    found = linears(blocks.modules[0]).items()
+    smallest = min((min(linear.in_features, linear.out_features), name) for name, linear in found)
     if adapted and params.rank > smallest[0]:
-        raise ApiqError(f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}.")
+        raise ApiqError(
+            f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}."
+        )
     if windows is None:
         return
     context = getattr(original.model.config, "max_position_embeddings", None)
     if context and windows.shape[1] > context:
-        raise ApiqError(f"calibration.length is {windows.shape[1]}; it must be at most {context}, the context of the model.")
+        raise ApiqError(
+            f"calibration.length is {windows.shape[1]}; it must be at most {context}, the context of the model."
+        )
     rows = original.model.get_input_embeddings().weight.shape[0]
     if int(windows.max()) >= rows:
-        raise ApiqError(f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: they were made with another tokenizer.")
+        raise ApiqError(
+            f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: "
+            "they were made with another tokenizer."
+        )
 
 
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
@@ -164,4 +176,3 @@ def _write_losses(store: BlockStore, path: Path) -> None:
         for index, record in enumerate(store.records):
             for curve in record["curves"]:
                 rows.writerows([index, curve["name"], epoch, repr(loss)] for epoch, loss in enumerate(curve["losses"]))
-

@@ -1,6 +1,9 @@
-"""Measure the full-precision, the quantized and the finetuned model side by side."""
+"""Measure the full-precision, the rounded, the quantized and the finetuned model side by side."""
 
+import tempfile
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from apiq.params import Params
 from apiq.progress import Progress
@@ -13,12 +16,25 @@ def main(params: Params, progress: Progress) -> None:
     from apiq.evaluation.run import compare, metrics
     from apiq.files import new_folder, write_json
 
-    where = {"full": MODEL, "quantized": QUANTIZED, "finetuned": FINETUNED}
     how = {"dtype": params.evaluate.dtype, "device": params.evaluate.device}
-    results = compare({name: partial(load, folder, **how) for name, folder in where.items()}, params.evaluate, progress)
+    models = {"full": partial(load, MODEL, **how)}
+    if params.evaluate.rtn and params.quantize.method != "rtn":
+        models["rtn"] = partial(load_rounded, params, **how)
+    models |= {"quantized": partial(load, QUANTIZED, **how), "finetuned": partial(load, FINETUNED, **how)}
+    results = compare(models, params.evaluate, progress)
     with new_folder(EVALUATION) as out:
         write_json(out / "metrics.json", metrics(results))
         write_json(out / "results.json", results)
+
+
+def load_rounded(params: Params, **how: str) -> Any:
+    """The model rounded to nearest on the grid of the quantized one."""
+    from apiq.checkpoint.loading import load
+    from apiq.quantization import quantize
+
+    with tempfile.TemporaryDirectory(dir=EVALUATION.parent) as folder:
+        quantize(MODEL, None, params.quantize.model_copy(update={"method": "rtn"}), Path(folder) / "rtn")
+        return load(Path(folder) / "rtn", **how)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def capture(
     place = next(p.device for name, p in base.named_parameters() if p.device.type != "meta")
     with _recording(blocks) as calls:
         _forward(base, windows[:1].to(place))
-        recorded = [BlockCall(_move(args[1:], device), _move(_without_hidden(kwargs), device)) for args, kwargs in calls]
+        recorded = [
+            BlockCall(_move(args[1:], device), _move(_without_hidden(kwargs), device)) for args, kwargs in calls
+        ]
         hidden = _hidden(*calls[0])
         shape = (len(windows), *hidden.shape[1:])
         X = Activations.empty(shape, dtype, device, home_of(shape, dtype, copies, device))

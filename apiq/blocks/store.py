@@ -58,7 +58,9 @@ class BlockStore:
         try:
             tensors = load_file(self._activations(index))
         except (SafetensorError, FileNotFoundError) as error:
-            raise ApiqError(f"the unfinished work in {self.folder} is damaged ({error}); delete it and start again.") from None
+            raise ApiqError(
+                f"the unfinished work in {self.folder} is damaged ({error}); delete it and start again."
+            ) from None
         X, Xq = tensors["X"], tensors["Xq"]
         home = home_of(tuple(X.shape), X.dtype, copies, device)
         return Activations(X.to(home), device), Activations(Xq.to(home), device)

@@ -105,7 +105,9 @@ class Walk:
         )
         error = total / Xq.rows.numel()
         if error != error:
-            raise ApiqError(f"the output of the quantized block {problem.index} is not finite; set quantize.dtype to float32.")
+            raise ApiqError(
+                f"the output of the quantized block {problem.index} is not finite; set quantize.dtype to float32."
+            )
         return Xq, error
 
     def _save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def load(
         assert facts is not None
         base = (folder / facts["base"]).resolve()
         if not base.is_dir():
-            raise ApiqError(f"{folder} was finetuned on {facts['base']} (seen from it), which is not there; put the base back.")
+            raise ApiqError(
+                f"{folder} was finetuned on {facts['base']} (seen from it), which is not there; put the base back."
+            )
     if kind == "full":
         from apiq.models.source import locate
 
@@ -98,9 +101,7 @@ def load(
         raise ApiqError(f"{source} is half a checkpoint: its config.json is quantized, but it has no {manifest.NAME}.")
     model = _from_pretrained(base, config, precision, place)
     if adapters and adapter.is_dir():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        model = _adapted(model, adapter, trainable)
     model.train(trainable)
     return Loaded(model, read_tokenizer(base), base, kind)
 
@@ -123,6 +124,15 @@ def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype,
     if wrong:
         raise ApiqError(f"{folder} has no weights, or none of the right shape, for {wrong[0]} ({len(wrong)} in all).")
     return model.to(device)
+
+
+def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft 0.21 itself asks transformers 5 for a property by its old name
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
 
 
 def _stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:

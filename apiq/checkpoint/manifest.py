@@ -37,7 +37,9 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "kind" not in manifest:
         raise ApiqError(f"{path} is damaged: it lacks its kind or its list of files; make the folder again.")
     if manifest.get("format", 0) > FORMAT:
-        raise ApiqError(f"{path} has format {manifest['format']}, this apiq reads up to {FORMAT}; install a newer apiq.")
+        raise ApiqError(
+            f"{path} has format {manifest['format']}, this apiq reads up to {FORMAT}; install a newer apiq."
+        )
     return manifest
 
 

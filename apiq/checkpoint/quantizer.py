@@ -24,9 +24,7 @@ from apiq.layers.packed import PackedLinear
 class ApiqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: its grid, and which linears are packed."""
 
-    def __init__(
-        self, bits: int, group_size: int, symmetric: bool, blocks: str, linears: list[str], **_: Any
-    ):
+    def __init__(self, bits: int, group_size: int, symmetric: bool, blocks: str, linears: list[str], **_: Any):
         self.quant_method = "apiq"  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.blocks, self.linears = blocks, linears
@@ -76,7 +74,8 @@ def pack_linears(model: nn.Module, config: ApiqConfig, dtype: torch.dtype) -> No
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and config.matches(name)]
     if not names:
         raise ApiqError(
-            f"config.json names packed linears {config.blocks}.N.{config.linears[0]}, of which {type(model).__name__} has none."
+            f"config.json names packed linears {config.blocks}.N.{config.linears[0]}, "
+            f"of which {type(model).__name__} has none."
         )
     for name in names:
         linear = model.get_submodule(name)

@@ -56,7 +56,7 @@ def write_rest(path: Path, model: nn.Module, blocks: str, dtype: torch.dtype) ->
 
 
 def write_index(folder: Path, files: Iterable[str], shapes: Mapping[str, list[int]]) -> None:
-    """Write the index that tells transformers in which file each tensor is, and anyone the shape of each packed linear."""
+    """Write the index: for transformers, in which file each tensor is; for anyone, the shape of each packed linear."""
     places: dict[str, str] = {}
     for file in files:
         with safe_open(folder / file, framework="pt") as tensors:

@@ -78,9 +78,9 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """X Q^T + bias, for X (..., in)."""
-        return F.linear(input, self.dequantized().to(input.dtype), self.bias)
+        return _PackedProduct.apply(input, self.bias, self)
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001
+    def _apply(self, fn, recurse=True):
         """Follow `.to()` and the like, but keep the scales in the precision in which they were trained."""
         scales = self.scales
         super()._apply(fn, recurse)
@@ -94,6 +94,20 @@ class PackedLinear(nn.Linear):
         grid = self.grid
         kind = "symmetric" if grid.symmetric else "asymmetric"
         return f"{self.in_features}, {self.out_features}, {grid.bits} bits, group size {grid.group_size}, {kind}"
+
+
+class _PackedProduct(torch.autograd.Function):
+    """X Q^T + bias that keeps neither Q nor X for the backward pass: Q is dequantized again."""
+
+    @staticmethod
+    def forward(ctx, X: Tensor, bias: Tensor | None, linear: PackedLinear) -> Tensor:  # type: ignore[override]
+        ctx.linear = linear
+        return F.linear(X, linear.dequantized().to(X.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        for_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad @ ctx.linear.dequantized().to(grad.dtype), for_bias, None
 
 
 _MERGE = (

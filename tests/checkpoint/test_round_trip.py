@@ -52,7 +52,9 @@ def test_fake_packed_and_reloaded_logits_agree(make, calibrated, windows, bits, 
             replace(model.model.layers[index], f"{name}.base_layer", fake)
         calibration_time = model(windows).logits
         reloaded = load(folder, device="cpu").model(windows).logits
-        by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter")(windows).logits
+        by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), folder / "adapter")(
+            windows
+        ).logits
     assert len(fakes) == 14
     torch.testing.assert_close(in_memory, calibration_time, rtol=0, atol=1e-5)
     torch.testing.assert_close(reloaded, calibration_time, rtol=0, atol=1e-5)

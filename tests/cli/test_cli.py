@@ -75,7 +75,7 @@ def test_quantize_prints_one_json_object_and_progress_apart(quantized):
     result = json.loads(out)
     assert {"effective_bits", "seconds", "cpu_seconds", "peak_memory_mb"} <= result.keys()
     assert len(result["blocks"]) == 2
-    assert all(0 < block["loss_last"] and 0 < block["loss_first"] for block in result["blocks"])
+    assert all(block["loss_last"] > 0 and block["loss_first"] > 0 for block in result["blocks"])
     assert "block 2/2" in err
 
 
@@ -105,7 +105,9 @@ def test_finetune_and_evaluate_what_came_out(apiq, quantized, corpus, tmp_path):
 
 
 def test_an_override_reaches_the_parameters(apiq, model, tmp_path):
-    status, out, err = apiq("quantize", model, "--out", tmp_path / "q", "--method", "rtn", "-S", "quantize.bits=8", "--json")
+    status, out, err = apiq(
+        "quantize", model, "--out", tmp_path / "q", "--method", "rtn", "-S", "quantize.bits=8", "--json"
+    )
     assert status == 0, err
     assert json.loads(out)["bits"]["codes"] == 8
 

@@ -78,6 +78,30 @@ def test_merging_lora_is_refused(extra, safe):
         model.merge_and_unload(safe_merge=safe)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_backward_pass_is_that_of_the_dequantized_linear(bias):
+    _, packed = pair(3, 43, False, bias)
+    plain = nn.Linear(100, 24, bias=bias)
+    plain.weight = nn.Parameter(packed.dequantized())
+    if bias:
+        packed.bias.requires_grad_(True)
+        plain.bias = nn.Parameter(packed.bias.detach().clone())
+    x, y = (torch.randn(2, 5, 100, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    packed(x).square().sum().backward()
+    plain(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    if bias:
+        torch.testing.assert_close(packed.bias.grad, plain.bias.grad)
+
+
+def test_nothing_of_the_size_of_the_weight_is_kept_for_the_backward_pass():
+    _, packed = pair(2, 32, False, False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        packed(torch.randn(1, 100, requires_grad=True)).sum()
+    assert max(kept, default=0) < 24 * 100
+
+
 def test_lora_trains_on_a_packed_linear():
     _, packed = pair(2, 32, False, False)
     model = get_peft_model(nn.Sequential(nn.LayerNorm(100), packed), LoraConfig(r=4, target_modules=["1"]))

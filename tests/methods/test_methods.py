@@ -95,7 +95,10 @@ def test_codes_ranges_and_both_adapters_all_move(problem, method):
 
 
 def test_blockwise_beats_layerwise_and_rounding(problem):
-    errors = {m: deployed_error(copy.deepcopy(problem), settings(method=m, epochs=12))[1] for m in ("rtn", "apiq-lw", "apiq-bw")}
+    errors = {
+        m: deployed_error(copy.deepcopy(problem), settings(method=m, epochs=12))[1]
+        for m in ("rtn", "apiq-lw", "apiq-bw")
+    }
     assert errors["apiq-bw"] < errors["apiq-lw"] < errors["rtn"]
 
 
