@@ -77,7 +77,7 @@ def _html(title: str, run: Run, content: list[Section], drawn: dict[str, str]) -
     )  # fmt: skip
     return environment.get_template("page.html.j2").render(
         title=title,
-        headline=results.headline(run, provenance.model_name(run)),
+        headline=results.headline(run, provenance.model_name(run)).replace(" %", "\N{NO-BREAK SPACE}%"),
         facts=_facts(run),
         sections=content,
         drawn=drawn,

@@ -88,12 +88,13 @@ def error_name(metric: str) -> str:
 
 
 def task_brought_back(evaluation: Evaluation, task: str, metric: str) -> float | None:
-    """`brought_back` for a metric of which it is known whether more is better."""
-    full, quantized, finetuned = (
-        task_metric(evaluation, model, task, metric) for model in ("full", "quantized", "finetuned")
-    )
-    if not (known(full) and known(quantized) and known(finetuned)) or not arrow(metric):
+    """`brought_back` where it is known whether more is better; perplexities count by their logarithm."""
+    values = [task_metric(evaluation, model, task, metric) for model in ("full", "quantized", "finetuned")]
+    if not all(map(known, values)) or not arrow(metric):
         return None
+    if "perplexity" in metric:
+        values = [math.log(value) for value in values]
+    full, quantized, finetuned = values
     sign = 1 if arrow(metric) == UP else -1
     return brought_back(sign * (full - quantized), sign * (full - finetuned))
 

@@ -48,13 +48,15 @@ def nats(value: float) -> str:
 
 def uncertain(value: float, error: float) -> tuple[str, str]:
     """A value and its standard error, both as far as the second digit of the error."""
-    decimals = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 4
+    if error <= 0:
+        return number(value), number(error)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{decimals}f}".replace("-", MINUS), f"{error:,.{decimals}f}"
 
 
 def percent(share: float) -> str:
     """A share of one as a percentage: whole, but with one decimal below 10 %."""
-    text = f"{100 * share:.0f}" if abs(share) >= 0.0995 else f"{100 * share:.1f}"
+    text = f"{100 * share:.0f}" if abs(share) >= 0.0995 or share == 0 else f"{100 * share:.1f}"
     return f"{text.replace('-', MINUS)} %"
 
 

@@ -62,6 +62,12 @@ def test_tasks_come_back_in_the_direction_that_is_better():
     assert results.task_brought_back(evaluation, "t", "odd") is None
 
 
+def test_perplexities_of_tasks_come_back_by_their_logarithm():
+    values = {"full": 10.0, "quantized": 1000.0, "finetuned": 100.0}
+    evaluation = {model: {"tasks": {"t": {"word_perplexity": value}}} for model, value in values.items()}
+    assert results.task_brought_back(evaluation, "t", "word_perplexity") == pytest.approx(0.5)
+
+
 def test_standard_errors_are_no_metrics_of_their_own():
     evaluation = {"full": {"tasks": {"t": {"exact_match.strict": 0.5, "exact_match_stderr.strict": 0.1}}}}
     assert results.metrics(evaluation) == [("t", "exact_match.strict")]

@@ -43,13 +43,14 @@ def test_signs_and_shares():
     assert units.nats(0.19551) == "+0.1955"
     assert units.percent(0.0995) == "10 %"
     assert units.percent(0.0123) == "1.2 %"
+    assert units.percent(0.0) == "0 %"
     assert units.percent(-0.5) == f"{MINUS}50 %"
 
 
 def test_a_value_is_as_long_as_its_error():
     assert units.uncertain(0.41234, 0.0213) == ("0.412", "0.021")
     assert units.uncertain(12.3456, 1.9) == ("12.3", "1.9")
-    assert units.uncertain(0.4, 0.0) == ("0.4000", "0.0000")
+    assert units.uncertain(0.4, 0.0) == ("0.4000", "0")
 
 
 def test_booleans_strings_and_infinities_are_no_numbers():
