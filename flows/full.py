@@ -33,8 +33,8 @@ from apiq.overrides import override
 from apiq.params import Params
 from flows import ROOT
 from flows.pipeline import STAGES, gpu_slot, read_progress, reproduce
-from flows.results import keep_report, read_metrics, summary
-from flows.workspace import alone, call, changed, dvc, experiment_name, refuse_taken
+from flows.results import keep_report, metrics_rows, summary
+from flows.workspace import METRICS, alone, call, changed, dvc, experiment_name, refuse_taken
 from stages import read_params
 
 
@@ -57,7 +57,7 @@ def full(params: dict[str, Any] | None = None, name: str | None = None) -> State
             with changed(changes, ROOT, tell):
                 outcomes = _run_stages(read_params())
                 if experiment:
-                    call(dvc("exp", "save", "--name", experiment), ROOT)
+                    call(dvc("exp", "save", "--name", experiment, "--include-untracked", METRICS), ROOT)
                 _publish(outcomes, experiment, run)
     except ApiqError as error:
         return Failed(message=str(error))
@@ -114,7 +114,7 @@ def _limits(names: set[str]) -> Iterator[str]:
 
 def _publish(outcomes: dict[str, str], experiment: str | None, run: str) -> None:
     report = keep_report(run, ROOT)
-    create_table_artifact(read_metrics(ROOT), key="metrics", description=experiment or "params.yaml as it is")
+    create_table_artifact(metrics_rows(ROOT), key="metrics", description=experiment or "params.yaml as it is")
     create_link_artifact(report.as_uri(), link_text=f"Report of {run}", key="report")
     create_markdown_artifact(summary(outcomes, experiment, report), key="summary")
 

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.workspace import call, dvc
+from apiq.errors import ApiqError
+from apiq.files import read_json
+from flows.workspace import METRICS, call
 
 
-def metrics_rows(diff: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of a table from `dvc metrics diff --all --json`: each metric now, at the last commit, and the change."""
+def metrics_rows(root: Path) -> list[dict[str, Any]]:
+    """Rows of a table: each metric now, at the last commit where there is one, and the change.
+
+    Raises:
+        ApiqError: the metrics of this run are not there.
+    """
+    now = _flat(read_json(root / METRICS))
+    try:
+        before = _flat(json.loads(call(["git", "show", f"HEAD:{METRICS}"], root)))
+    except ApiqError:  # no git, or nothing committed yet
+        before = {}
     return [
-        {"metric": name, "now": values.get("new"), "last commit": values.get("old"), "change": values.get("diff")}
-        for metrics in diff.values()
-        for name, values in sorted(metrics.items())
+        {"metric": name, "now": value, "last commit": before.get(name), "change": _change(before.get(name), value)}
+        for name, value in now.items()
     ]
 
 
-def read_metrics(root: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics_rows` for the workspace.
+def _flat(metrics: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
 
-    Raises:
-        ApiqError: DVC cannot read the metrics.
-    """
-    return metrics_rows(json.loads(call(dvc("metrics", "diff", "--all", "--json"), root) or "{}"))
+
+def _change(before: Any, now: Any) -> float | None:
+    numbers = isinstance(before, int | float) and isinstance(now, int | float)
+    return float(f"{now - before:.6g}") if numbers else None
 
 
 def keep_report(run: str, root: Path) -> Path:

@@ -16,7 +16,8 @@ from typing import Any
 from apiq.errors import ApiqError
 from apiq.profiles import change
 
-KEPT = ("params.yaml", "dvc.lock", "data/metrics.json")
+METRICS = "data/metrics.json"
+KEPT = ("params.yaml", "dvc.lock", METRICS)
 """What an experiment changes besides the outs that DVC's cache holds."""
 POLL = 2.0
 """Seconds between two looks at a workspace that is in use."""
@@ -31,9 +32,12 @@ def call(command: Sequence[str], root: Path) -> str:
     """Run a short command and return what it prints.
 
     Raises:
-        ApiqError: it fails; with its last line.
+        ApiqError: it fails, with its last line, or is not there.
     """
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise ApiqError(f"there is no program {command[0]} on this machine.") from None
     if done.returncode != 0:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         shown = " ".join(part for part in command[1:] if part != "-m")
@@ -77,7 +81,7 @@ def refuse_taken(name: str, root: Path) -> None:
     """
     try:
         call(["git", "rev-parse", "HEAD"], root)
-    except (ApiqError, OSError):
+    except ApiqError:
         hint = "DVC hangs experiments on one; run `git init` and commit"
         raise ApiqError(f"{root} has no git commit, and {hint}.") from None
     if name in call(dvc("exp", "list", "--name-only"), root).split():

@@ -25,6 +25,7 @@ def build(folder: Path) -> Path:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "stages").mkdir()
+    (folder / "stages" / "__init__.py").touch()  # else an installed package of that name is found first
     for stage in STAGES:
         shutil.copy(Path(__file__).parent / "stand_in.py", folder / "stages" / f"{stage}.py")
     for path in map(folder.joinpath, code_dependencies((ROOT / "dvc.yaml").read_text())):

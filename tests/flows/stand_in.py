@@ -23,7 +23,11 @@ if broken.exists():
 
 for block in range(1, 4):
     time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
-    print(f"{name} {block}/3 {block / 3:.0%} block {block}/3 loss {1 / block:.4f} ETA {3 - block} s", file=sys.stderr, flush=True)
+    print(
+        f"{name} {block}/3 {block / 3:.0%} block {block}/3 loss {1 / block:.4f} ETA {3 - block} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 folder = Path("data") / FOLDERS.get(name, name)
 folder.mkdir(parents=True, exist_ok=True)
