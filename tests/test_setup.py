@@ -1,6 +1,7 @@
 """The lock, the declared bounds and the make targets agree with each other and with the code."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -110,7 +111,9 @@ def test_a_deprecation_elsewhere_is_not():
 
 
 def make(folder, *arguments):
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    """`make` as somebody types it, also where the tests themselves were started by make."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=folder, env=own, capture_output=True, text=True, check=False)
 
 
 def test_make_help_lists_every_target():
