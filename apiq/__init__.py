@@ -8,11 +8,18 @@ work. The import itself is light: the registration waits for transformers to be 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 from apiq.errors import ApiqError
+
+if TYPE_CHECKING:
+    from apiq.checkpoint.loading import load
+    from apiq.evaluation.run import evaluate
+    from apiq.finetuning.run import finetune
+    from apiq.quantization import quantize
+    from apiq.reporting.page import report
 
 __version__ = "0.1.0"
 __all__ = ["ApiqError", "evaluate", "finetune", "load", "quantize", "report"]

@@ -18,9 +18,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from apiq.cli_options import Json, Set, field, parameters, unescape
 from apiq.errors import ApiqError
-from apiq.overrides import lay_over, override
-from apiq.params import Params, Section, parse
+from apiq.params import CalibrationParams, FinetuneParams, Params, QuantizeParams
 
 app = typer.Typer(
     help="Quantize a language model to a few bits with adapters that undo the damage (ApiQ, arXiv 2402.05147), "
@@ -31,32 +31,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-S",
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Set any parameter of params.yaml, as in -S quantize.decay_theta=0.",
-    ),
-]
-
-
-def field(section: type[Section], name: str, *flags: str, default: Any = ...) -> Any:
-    """A command line option for a field of params.yaml, documented by that field."""
-    known = section.model_fields[name]
-    shown = known.default if default is ... else default
-    if shown == "\n":
-        shown = "a newline"
-    text = f"{' '.join((known.description or '').split())} [dim]\\[default: {shown}][/dim]"
-    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=text, show_default=False)
-
-
-_quantize = Params.model_fields["quantize"].annotation
-_calibration = Params.model_fields["calibration"].annotation
-_finetune = Params.model_fields["finetune"].annotation
-
 
 @app.command()
 def quantize(
@@ -64,25 +38,25 @@ def quantize(
         str, typer.Argument(help="A local folder in Hugging Face format, or a hub repository: NAME or NAME@REVISION.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
-    method: Annotated[str | None, field(_quantize, "method")] = None,
-    bits: Annotated[int | None, field(_quantize, "bits")] = None,
-    group_size: Annotated[int | None, field(_quantize, "group_size")] = None,
-    symmetric: Annotated[bool | None, field(_quantize, "symmetric", "--symmetric/--asymmetric")] = None,
-    rank: Annotated[int | None, field(_quantize, "rank")] = None,
-    epochs: Annotated[int | None, field(_quantize, "epochs")] = None,
-    batch_size: Annotated[int | None, field(_quantize, "batch_size")] = None,
-    calibration: Annotated[str | None, field(_calibration, "corpus", "--calibration")] = None,
-    windows: Annotated[int | None, field(_calibration, "windows")] = None,
-    length: Annotated[int | None, field(_calibration, "length")] = None,
-    column: Annotated[str | None, field(_calibration, "column")] = None,
-    join: Annotated[str | None, field(_calibration, "join")] = None,
+    method: Annotated[str | None, field(QuantizeParams, "method")] = None,
+    bits: Annotated[int | None, field(QuantizeParams, "bits")] = None,
+    group_size: Annotated[int | None, field(QuantizeParams, "group_size")] = None,
+    symmetric: Annotated[bool | None, field(QuantizeParams, "symmetric", "--symmetric/--asymmetric")] = None,
+    rank: Annotated[int | None, field(QuantizeParams, "rank")] = None,
+    epochs: Annotated[int | None, field(QuantizeParams, "epochs")] = None,
+    batch_size: Annotated[int | None, field(QuantizeParams, "batch_size")] = None,
+    calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration")] = None,
+    windows: Annotated[int | None, field(CalibrationParams, "windows")] = None,
+    length: Annotated[int | None, field(CalibrationParams, "length")] = None,
+    column: Annotated[str | None, field(CalibrationParams, "column")] = None,
+    join: Annotated[str | None, field(CalibrationParams, "join")] = None,
     seed: Annotated[
         int | None,
         typer.Option(
             help="Seed of the windows and of the adapters' start. [dim]\\[default: 0][/dim]", show_default=False
         ),
     ] = None,
-    device: Annotated[str | None, field(_quantize, "device")] = None,
+    device: Annotated[str | None, field(QuantizeParams, "device")] = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -102,7 +76,7 @@ def quantize(
         "calibration": {"corpus": calibration, "windows": windows, "length": length, "column": column, "join": join,
                         "seed": seed},
     }  # fmt: skip
-    params = _params(given, settings)
+    params = parameters(given, settings)
     with _working("quantize") as progress:
         folder = locate(model)
         needed = params.quantize.method != "rtn" or calibration is not None
@@ -141,13 +115,13 @@ def evaluate(
     """
     if text is None and not tasks:
         raise typer.BadParameter("give --text, --tasks or both.")
-    corpus = {"text": text, "windows": windows, "length": length, "column": column, "join": _unescape(join)}
+    corpus = {"text": text, "windows": windows, "length": length, "column": column, "join": unescape(join)}
     given = {
         "evaluate": {"perplexity": {} if text is None else {"text": corpus}, 
                      "tasks": [name for name in tasks.split(",") if name],
                      "task_folder": None if task_folder is None else str(task_folder), "device": device},
     }  # fmt: skip
-    params = _params(given, settings).evaluate
+    params = parameters(given, settings).evaluate
     with _working("evaluate") as progress:
         from apiq.checkpoint.loading import load
         from apiq.evaluation.run import evaluate as measure
@@ -163,14 +137,14 @@ def evaluate(
 def finetune(
     folder: Annotated[Path, typer.Argument(help="A quantized folder with adapters.")],
     out: Annotated[Path, typer.Option(help="Folder for the finetuned adapters; it appears whole or not at all.")],
-    text: Annotated[str | None, field(_finetune, "text", default="none")] = None,
-    pairs: Annotated[str | None, field(_finetune, "pairs")] = None,
-    length: Annotated[int | None, field(_finetune, "length")] = None,
-    epochs: Annotated[float | None, field(_finetune, "epochs")] = None,
-    batch_size: Annotated[int | None, field(_finetune, "batch_size")] = None,
-    learning_rate: Annotated[float | None, field(_finetune, "learning_rate")] = None,
-    seed: Annotated[int | None, field(_finetune, "seed")] = None,
-    device: Annotated[str | None, field(_finetune, "device")] = None,
+    text: Annotated[str | None, field(FinetuneParams, "text", default="none")] = None,
+    pairs: Annotated[str | None, field(FinetuneParams, "pairs")] = None,
+    length: Annotated[int | None, field(FinetuneParams, "length")] = None,
+    epochs: Annotated[float | None, field(FinetuneParams, "epochs")] = None,
+    batch_size: Annotated[int | None, field(FinetuneParams, "batch_size")] = None,
+    learning_rate: Annotated[float | None, field(FinetuneParams, "learning_rate")] = None,
+    seed: Annotated[int | None, field(FinetuneParams, "seed")] = None,
+    device: Annotated[str | None, field(FinetuneParams, "device")] = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -188,7 +162,7 @@ def finetune(
                      "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
                      "device": device},
     }  # fmt: skip
-    params = _params(given, settings)
+    params = parameters(given, settings)
     with _working("finetune") as progress:
         from apiq.finetuning.run import finetune as train
 
@@ -209,7 +183,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report page of a pipeline run: one HTML file that works offline, figures, tables."""
-    params = _params({}, settings).report
+    params = parameters({}, settings).report
     with _working("report"):
         from apiq.reporting.page import report as write
 
@@ -232,31 +206,11 @@ def profile(
     with _working("profile"):
         from apiq import profiles
 
-        result = (
-            {"profiles": profiles.names(params)}
-            if name is None
-            else {"profile": name, "changed": profiles.lay(name, params)}
-        )
+        if name is None:
+            result: dict[str, Any] = {"profiles": profiles.known_profiles(params)}
+        else:
+            result = {"profile": name, "parameters": profiles.lay(name, params).model_dump(mode="json")}
     _show(result, as_json)
-
-
-def _params(given: Mapping[str, Any], settings: list[str] | None) -> Params:
-    return parse(override(lay_over({}, _given(given)), settings or []))
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` without the options that were not given, and with escapes in `join` read."""
-    kept: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            kept[key] = _given(value)
-        elif value is not None:
-            kept[key] = _unescape(value) if key == "join" else value
-    return kept
-
-
-def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _calibration_windows(folder: Path, params: Params) -> Any:

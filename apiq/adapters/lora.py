@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,7 +19,7 @@ _PARAMETER = re.compile(r"(?<![^.])(lora_\w+)\.default(?=\.|$)")
 
 def lora_config(rank: int, alpha: float, target: list[str] | str) -> LoraConfig:
     """A LoRA of rank r scaled by alpha / r, without dropout, on the named linears."""
-    scale = int(alpha) if float(alpha).is_integer() else alpha
+    scale: Any = int(alpha) if float(alpha).is_integer() else alpha  # PEFT declares an int and takes both
     return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=target)
 
 

@@ -108,7 +108,7 @@ def load(
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
     name = (config.architectures or [""])[0]
-    family = getattr(transformers, name, AutoModelForCausalLM)
+    family: Any = getattr(transformers, name, AutoModelForCausalLM)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

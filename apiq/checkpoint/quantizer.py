@@ -20,7 +20,6 @@ from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
 
 
-@register_quantization_config("apiq")
 class ApiqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: its grid, and which linears are packed."""
 
@@ -44,7 +43,6 @@ class ApiqConfig(QuantizationConfigMixin):
         return self.place(name).split(".", 2)[-1] in self.linears
 
 
-@register_quantizer("apiq")
 class ApiqQuantizer(HfQuantizer):
     """Puts PackedLinear where the checkpoint has codes; refuses a folder that is not whole."""
 
@@ -55,16 +53,18 @@ class ApiqQuantizer(HfQuantizer):
         if not files:
             raise ApiqError("an apiq model can only be loaded from a checkpoint folder with its weights.")
         manifest.verify(Path(files[0]).parent)
-        pack_linears(model, self.quantization_config, kwargs.get("dtype") or torch.get_default_dtype())  # type: ignore[arg-type]
-        _refuse_missing(model, self.quantization_config, [Path(file) for file in files])  # type: ignore[arg-type]
+        config = self.quantization_config
+        assert isinstance(config, ApiqConfig)
+        pack_linears(model, config, kwargs.get("dtype") or torch.get_default_dtype())
+        _refuse_missing(model, config, [Path(file) for file in files])
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]
         """A packed model can be saved with save_pretrained."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         """Adapters on it can be trained."""
         return True
 
@@ -96,3 +96,8 @@ def _refuse_missing(model: nn.Module, config: ApiqConfig, files: list[Path]) -> 
             missing = [key for key in module.state_dict() if config.place(f"{name}.{key}") not in stored]
             if missing:
                 raise ApiqError(f"the checkpoint has no tensor {name}.{missing[0]}; make it again.")
+
+
+# As calls, not as decorators: those would hide the classes from type checkers
+register_quantization_config("apiq")(ApiqConfig)
+register_quantizer("apiq")(ApiqQuantizer)

@@ -74,7 +74,7 @@ def write_adapter(
     config.task_type = "CAUSAL_LM"
     config.base_model_name_or_path = ".."
     config.inference_mode = True
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / "adapter_model.safetensors")
 
 

@@ -118,7 +118,7 @@ class _FakeQuantize(torch.autograd.Function):
     """Fake quantization of groups (out, G, g) that keeps nothing of the size of W for the backward pass."""
 
     @staticmethod
-    def forward(ctx, groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]
+    def forward(ctx, groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(groups, s, z)
         ctx.grid = grid
         return _codes(groups, s, z, grid).sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1))

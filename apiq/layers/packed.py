@@ -68,12 +68,12 @@ class PackedLinear(nn.Linear):
         return decode(codes, s, z, self.grid).to(self.compute_dtype)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """Q as a fresh tensor; assigning to it or to its data is refused."""
         return self.dequantized().as_subclass(_ReadOnlyWeight)
 
     @weight.setter
-    def weight(self, value: object) -> None:
+    def weight(self, value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise ApiqError(_MERGE)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class _PackedProduct(torch.autograd.Function):
     """X Q^T + bias that keeps neither Q nor X for the backward pass: Q is dequantized again."""
 
     @staticmethod
-    def forward(ctx, X: Tensor, bias: Tensor | None, linear: PackedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx, X: Tensor, bias: Tensor | None, linear: PackedLinear) -> Tensor:
         ctx.linear = linear
         return F.linear(X, linear.dequantized().to(X.dtype), bias)
 
@@ -122,7 +122,7 @@ class _ReadOnlyWeight(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()
 
     @data.setter

@@ -1,0 +1,57 @@
+"""Options of the command line, documented by the fields of params.yaml that they set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from apiq.overrides import override
+from apiq.params import Params, Section, parse
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-S",
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Set any parameter of params.yaml, as in -S quantize.decay_theta=0.",
+    ),
+]
+
+
+def field(section: type[Section], name: str, *flags: str, default: Any = ...) -> Any:
+    """A command line option for a field of params.yaml, documented by that field."""
+    known = section.model_fields[name]
+    shown = known.default if default is ... else default
+    if shown == "\n":
+        shown = "a newline"
+    text = f"{' '.join((known.description or '').split())} [dim]\\[default: {shown}][/dim]"
+    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=text, show_default=False)
+
+
+def parameters(given: Mapping[str, Any], settings: list[str] | None) -> Params:
+    """The parameters of a command: what its options say, then what -S says, over the defaults.
+
+    Raises:
+        ApiqError: they cannot be run.
+    """
+    return parse(override(_given(given), settings or []))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the options that were not given, and with escapes in `join` read."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            kept[key] = _given(value)
+        elif value is not None:
+            kept[key] = unescape(value) if key == "join" else value
+    return kept
+
+
+def unescape(text: str) -> str:
+    """`text` with its backslash-n and backslash-t read as newline and tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
