@@ -46,7 +46,7 @@ def documents(split: str) -> tuple[str, ...]:
 @functools.cache
 def _splits() -> dict[str, tuple[str, ...]]:
     library = Path(sysconfig.get_path("stdlib"))
-    texts = _parts(_without_repetition([*_topics(library), *_docstrings(library)]))
+    texts = dict.fromkeys(_parts(_without_repetition([*_topics(library), *_docstrings(library)])))
     parts: dict[str, list[tuple[bytes, str]]] = {split: [] for split in SPLITS}
     for text in texts:
         digest = hashlib.sha256(text.encode()).digest()
