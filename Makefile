@@ -8,8 +8,12 @@ READY := $(VENV)/.ready
 # Packages are compiled at their first import, once; with this set, in every process again.
 unexport PYTHONDONTWRITEBYTECODE
 
+BENCH_MODEL ?= ../shared/models/babyllama-105
+BENCH_TRAIN ?= ../shared/data/tinystories/train.parquet
+BENCH_TEXT ?= ../shared/data/tinystories/validation.parquet
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint types regression lock clean
+.PHONY: help demo test setup lint types regression bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +37,9 @@ types: setup ## Check the types of apiq/ and ci/
 
 regression: setup ## Run the pipeline on a tiny profile and compare its metrics with ci/metrics.json
 	$(BIN)/python -m ci.regression
+
+bench: setup ## Measure perplexity by method on a model: BENCH_MODEL, BENCH_TRAIN, BENCH_TEXT (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.quality $(BENCH_MODEL) --calibration $(BENCH_TRAIN) --text $(BENCH_TEXT)
 
 lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that still fit
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \

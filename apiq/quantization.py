@@ -16,8 +16,9 @@ from apiq.blocks.store import BlockStore
 from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
+from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
-from apiq.checkpoint.writing import REST, block_file, write_adapter, write_index, write_rest
+from apiq.checkpoint.writing import write_adapter, write_index, write_rest
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 from apiq.files import new_folder, read_json, sha256, write_json

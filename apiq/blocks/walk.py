@@ -25,7 +25,8 @@ from apiq.blocks.architecture import Blocks, replace
 from apiq.blocks.capture import BlockCall, capture
 from apiq.blocks.problem import Method, Problem, Solution
 from apiq.blocks.store import BlockStore, replacing
-from apiq.checkpoint.writing import block_file, shapes, write_block
+from apiq.checkpoint.layout import block_file
+from apiq.checkpoint.writing import shapes, write_block
 from apiq.errors import ApiqError
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, Step

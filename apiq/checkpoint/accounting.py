@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apiq.checkpoint.writing import INDEX
+from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
 

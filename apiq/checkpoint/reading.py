@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apiq.checkpoint.writing import INDEX
+from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
 from apiq.grids.affine import Grid
@@ -52,11 +52,12 @@ def linear(folder: str | Path, name: str, adapter: str | Path | None = None) -> 
     grid = Grid(config["bits"], config["group_size"], config["symmetric"])
     index = read_json(folder / INDEX)
     place = index["weight_map"].get(f"{name}.codes")
-    if place is None:
+    shape = index["metadata"].get("shapes", {}).get(name)
+    if place is None or shape is None:
         raise ApiqError(f"{folder} has no packed linear {name}.")
     try:
         with safe_open(folder / place, framework="pt") as file:
-            out_features, in_features = index["metadata"]["shapes"][name]
+            out_features, in_features = shape
             packed = PackedLinear(in_features, out_features, grid, False, torch.float32)
             for part in dict(packed.named_buffers()):
                 setattr(packed, part, file.get_tensor(f"{name}.{part}"))

@@ -12,16 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from apiq.adapters.lora import lora_config, model_target
+from apiq.checkpoint.layout import INDEX
 from apiq.files import write_json
 from apiq.layers.packed import PackedLinear
-
-INDEX = "model.safetensors.index.json"
-REST = "rest.safetensors"
-
-
-def block_file(index: int) -> str:
-    """Name of the file of block `index`."""
-    return f"block-{index:03d}.safetensors"
 
 
 def write_block(path: Path, block: nn.Module, prefix: str, dtype: torch.dtype) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of quality, time and memory; nothing here is asserted in tests."""
