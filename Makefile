@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+BENCH_MODEL ?= ../shared/models/babyllama-105
+BENCH_TRAIN ?= ../shared/data/tinystories/train.parquet
+BENCH_TEXT ?= ../shared/data/tinystories/validation.parquet
+
 # Packages are compiled at their first import, once; with this set, in every process again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -40,6 +44,9 @@ regression: setup ## Run the pipeline on a tiny profile and compare its metrics 
 
 bench: setup ## Measure perplexity by method on a model: BENCH_MODEL, BENCH_TRAIN, BENCH_TEXT (see benchmarks/README.md)
 	$(BIN)/python -m benchmarks.quality $(BENCH_MODEL) --calibration $(BENCH_TRAIN) --text $(BENCH_TEXT)
+
+bench: setup ## Measure the methods on BENCH_MODEL, calibrated on BENCH_TRAIN (see benchmarks/README.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality $(BENCH_MODEL) --calibration $(BENCH_TRAIN) --text $(BENCH_TEXT)
 
 lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that still fit
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \
