@@ -5,10 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-BENCH_MODEL ?= ../shared/models/babyllama-105
-BENCH_TRAIN ?= ../shared/data/tinystories/train.parquet
-BENCH_TEXT ?= ../shared/data/tinystories/validation.parquet
-
 # Packages are compiled at their first import, once; with this set, in every process again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -45,9 +41,6 @@ regression: setup ## Run the pipeline on a tiny profile and compare its metrics 
 bench: setup ## Measure perplexity by method on a model: BENCH_MODEL, BENCH_TRAIN, BENCH_TEXT (see benchmarks/README.md)
 	$(BIN)/python -m benchmarks.quality $(BENCH_MODEL) --calibration $(BENCH_TRAIN) --text $(BENCH_TEXT)
 
-bench: setup ## Measure the methods on BENCH_MODEL, calibrated on BENCH_TRAIN (see benchmarks/README.md)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality $(BENCH_MODEL) --calibration $(BENCH_TRAIN) --text $(BENCH_TEXT)
-
 lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that still fit
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \
 	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
@@ -57,7 +50,7 @@ lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that sti
 
 clean: ## Remove .venv and what the pipeline wrote, but not DVC's cache of it
 	rm -rf $(VENV) .apiq_work .pytest_cache .ruff_cache
-	git clean -fdXq data
+	cd data && rm -rf model calibration quantized finetuned evaluation report timing
 
 # uv reads pip's find-links only when told; where it cannot install, pip does.
 $(READY): requirements.lock pyproject.toml
