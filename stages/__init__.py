@@ -25,6 +25,8 @@ DATA = Path("data")
 MODEL, CALIBRATION, QUANTIZED, FINETUNED, EVALUATION, REPORT, TIMING = (
     DATA / name for name in ("model", "calibration", "quantized", "finetuned", "evaluation", "report", "timing")
 )
+METRICS = DATA / "metrics.json"
+"""What DVC compares between runs; in git, beside the outs in DVC's cache."""
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads and the data loaders' forks do not mix
     "HF_HUB_DISABLE_TELEMETRY": "1",

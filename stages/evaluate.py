@@ -7,14 +7,14 @@ from typing import Any
 
 from apiq.params import Params
 from apiq.progress import Progress
-from stages import EVALUATION, FINETUNED, MODEL, QUANTIZED, run
+from stages import EVALUATION, FINETUNED, METRICS, MODEL, QUANTIZED, run
 
 
 def main(params: Params, progress: Progress) -> None:
-    """data/model/, data/quantized/ and data/finetuned/ to data/evaluation/."""
+    """data/model/, data/quantized/ and data/finetuned/ to data/evaluation/; the numbers alone to data/metrics.json."""
     from apiq.checkpoint.loading import load
     from apiq.evaluation.run import compare, metrics
-    from apiq.files import new_folder, write_json
+    from apiq.files import new_folder, read_json, write_json
 
     how = {"dtype": params.evaluate.dtype, "device": params.evaluate.device}
     models = {"full": partial(load, MODEL, **how)}
@@ -25,6 +25,8 @@ def main(params: Params, progress: Progress) -> None:
     with new_folder(EVALUATION) as out:
         write_json(out / "metrics.json", metrics(results))
         write_json(out / "results.json", results)
+    bits = {"effective_bits": read_json(QUANTIZED / "metrics.json")["effective_bits"]}
+    write_json(METRICS, metrics(results) | bits)
 
 
 def load_rounded(params: Params, **how: str) -> Any:
