@@ -36,25 +36,28 @@ class Section(BaseModel):
 class DemoModel(Section):
     """The small Llama that the demo trains from scratch on English found in every Python."""
 
-    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 2048
+    vocab_size: Annotated[int, Field(ge=300, le=65536)] = 512
     """Entries of the byte-level BPE vocabulary."""
-    hidden_size: Annotated[int, Field(ge=16, le=4096)] = 192
+    hidden_size: Annotated[int, Field(ge=16, le=4096)] = 128
     """Width of the residual stream."""
-    intermediate_size: Annotated[int, Field(ge=16, le=16384)] = 512
+    intermediate_size: Annotated[int, Field(ge=16, le=16384)] = 352
     """Width of the feed-forward layer."""
-    layers: Annotated[int, Field(ge=1, le=64)] = 4
+    layers: Annotated[int, Field(ge=1, le=64)] = 6
     """Number of transformer blocks."""
-    heads: Annotated[int, Field(ge=1, le=128)] = 6
+    heads: Annotated[int, Field(ge=1, le=128)] = 4
     """Attention heads; must divide hidden_size."""
-    kv_heads: Annotated[int, Field(ge=1, le=128)] = 3
+    kv_heads: Annotated[int, Field(ge=1, le=128)] = 2
     """Key and value heads; must divide heads."""
     context: Annotated[int, Field(ge=32, le=8192)] = 256
     """Longest sequence, in tokens."""
-    steps: Positive = 600
+    initial_std: Annotated[float, Field(gt=0, le=1)] = 0.15
+    """Standard deviation of the initial weights. With the usual 0.02 a few minutes of training leave a model that
+    lives in its embeddings, and rounding its linears to 2 bits costs it next to nothing."""
+    steps: Positive = 700
     """Optimizer steps."""
-    batch_size: Positive = 16
+    batch_size: Positive = 8
     """Sequences in a step."""
-    learning_rate: Rate = 3e-3
+    learning_rate: Rate = 4e-3
     """Peak learning rate of AdamW (linear warm-up, cosine decay)."""
     seed: Seed = 0
     """Seed of the initial weights and of the order of the windows."""

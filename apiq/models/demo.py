@@ -120,6 +120,7 @@ def _config(params: DemoModel) -> LlamaConfig:
         num_attention_heads=params.heads,
         num_key_value_heads=params.kv_heads,
         max_position_embeddings=params.context,
+        initializer_range=params.initial_std,
         tie_word_embeddings=True,
         bos_token_id=SPECIAL.index(BOS),
         eos_token_id=SPECIAL.index(EOS),
