@@ -50,10 +50,10 @@ class DemoModel(Section):
     """Key and value heads; must divide heads."""
     context: Annotated[int, Field(ge=32, le=8192)] = 256
     """Longest sequence, in tokens."""
-    initial_std: Annotated[float, Field(gt=0, le=1)] = 0.15
+    initial_std: Annotated[float, Field(gt=0, le=1)] = 0.17
     """Standard deviation of the initial weights. With the usual 0.02 a few minutes of training leave a model that
     lives in its embeddings, and rounding its linears to 2 bits costs it next to nothing."""
-    steps: Positive = 700
+    steps: Positive = 600
     """Optimizer steps."""
     batch_size: Positive = 8
     """Sequences in a step."""
