@@ -46,17 +46,26 @@ def stop(process: subprocess.Popen[str], patience: float = PATIENCE) -> None:
     DVC ignores an interrupt while a stage runs and releases its locks when the stage ends. So the
     stage is terminated, DVC interrupted, and only what is left after `patience` seconds is killed.
     """
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.terminate()
     process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + patience
+    deadline, told = time.monotonic() + patience, set[int]()
     while time.monotonic() < deadline and (process.poll() is None or _members(process.pid)):
+        told |= _terminate_children(process.pid, but=told)  # again and again: DVC may be about to start the stage
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _terminate_children(pid: int, but: set[int]) -> set[int]:
+    """Send SIGTERM to the descendants of a process other than `but`; return whom it was sent to."""
+    told = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            if child.pid not in but:
+                told.add(child.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.terminate()
+    return told
 
 
 def _members(group: int) -> list[int]:
