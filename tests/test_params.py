@@ -72,7 +72,7 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ({3: {}}, "3 is not a parameter; keys are text."),
         ({"finetune": {"task": "instruction"}}, "finetune.pairs is empty; it should be a file when task is instr"),
         ({"finetune": {"epochs": float("nan")}}, "finetune.epochs is nan; it should be a finite number."),
-        ({"model": {"demo": {"heads": 5}}}, "model.demo.heads is 5; it should be a divisor of hidden_size=192."),
+        ({"model": {"demo": {"hidden_size": 64, "heads": 5}}}, "model.demo.heads is 5; it should be a divisor of"),
         ({"evaluate": {"tasks": "arc"}}, "evaluate.tasks is 'arc'; it should be a list, as in [a, b]."),
         ({"evaluate": {"perplexity": {"a b": {"text": "demo"}}}}, "evaluate.perplexity.a b is not a name"),
         ({"evaluate": {"perplexity": {"a": {}}}}, "evaluate.perplexity.a.text is missing."),
