@@ -53,7 +53,7 @@ class DemoModel(Section):
     initial_std: Annotated[float, Field(gt=0, le=1)] = 0.17
     """Standard deviation of the initial weights. With the usual 0.02 a few minutes of training leave a model that
     lives in its embeddings, and rounding its linears to 2 bits costs it next to nothing."""
-    steps: Positive = 600
+    steps: Positive = 660
     """Optimizer steps."""
     batch_size: Positive = 8
     """Sequences in a step."""
