@@ -53,3 +53,13 @@ def home_of(shape: tuple[int, ...], dtype: torch.dtype, copies: int, device: tor
         return torch.device("cpu")
     need = copies * torch.Size(shape).numel() * dtype.itemsize
     return device if need <= torch.cuda.mem_get_info(device)[0] // 2 else torch.device("cpu")
+
+
+@torch.no_grad()
+def mean_squared_error(outputs: Callable[[slice], Tensor], targets: Activations, batch_size: int) -> float:
+    """Mean over all entries of (outputs - targets)^2, added in float64 on the device, batch by batch."""
+    total = torch.zeros((), dtype=torch.float64, device=targets.device)
+    for batch in batches(len(targets), batch_size):
+        difference = outputs(batch).float() - targets[batch].float()
+        total += difference.square().sum(dtype=torch.float64)
+    return float(total) / targets.rows.numel()

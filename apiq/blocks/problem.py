@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from apiq.blocks.activations import Activations
+from apiq.blocks.activations import Activations, mean_squared_error
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.layers.packed import PackedLinear
@@ -52,12 +52,8 @@ class Problem:
     def error(self, batch_size: int) -> float:
         """Mean squared error of the block as it stands: F(Xq) against the targets."""
         assert self.Xq is not None and self.targets is not None
-        total = torch.zeros((), dtype=torch.float64, device=self.Xq.device)
-        for start in range(0, len(self.Xq), batch_size):
-            batch = slice(start, start + batch_size)
-            difference = self.run(self.Xq[batch]) - self.targets[batch].float()
-            total += difference.square().sum(dtype=torch.float64)
-        return float(total) / self.targets.rows.numel()
+        inputs = self.Xq
+        return mean_squared_error(lambda batch: self.run(inputs[batch]), self.targets, batch_size)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from apiq.adapters import lora
-from apiq.blocks.activations import Activations
+from apiq.blocks.activations import Activations, mean_squared_error
 from apiq.blocks.architecture import Blocks, replace
 from apiq.blocks.capture import BlockCall, capture
 from apiq.blocks.problem import Method, Problem, Solution
@@ -100,11 +100,7 @@ class Walk:
         if problem.Xq is None or problem.targets is None:
             return None, None
         Xq = problem.Xq.mapped(problem.run, self.params.batch_size)
-        total = sum(
-            float((q - t).double().square().sum())
-            for q, t in zip(Xq.rows.float(), problem.targets.rows.float(), strict=True)
-        )
-        error = total / Xq.rows.numel()
+        error = mean_squared_error(lambda batch: Xq[batch], problem.targets, self.params.batch_size)
         if error != error:
             raise ApiqError(
                 f"the output of the quantized block {problem.index} is not finite; set quantize.dtype to float32."

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from apiq.blocks.activations import Activations, batches
+from apiq.blocks.activations import Activations, batches, mean_squared_error
 from apiq.blocks.architecture import find_blocks, linears, replace
 from apiq.blocks.capture import capture
 from apiq.errors import ApiqError
@@ -92,3 +92,11 @@ def test_activations_are_handed_out_and_taken_back():
     doubled = rows.mapped(lambda x: 2 * x, 3)
     assert torch.equal(doubled.rows, 2 * rows.rows)
     assert torch.equal(doubled[slice(1, 2)], 2 * rows[slice(1, 2)])
+
+
+def test_the_mean_squared_error_does_not_depend_on_the_batches():
+    targets = Activations(torch.randn(5, 2, 3), CPU)
+    outputs = torch.randn(5, 2, 3)
+    expected = torch.nn.functional.mse_loss(outputs.double(), targets.rows.double()).item()
+    for size in (1, 2, 5):
+        assert mean_squared_error(lambda batch: outputs[batch], targets, size) == pytest.approx(expected, rel=1e-6)
