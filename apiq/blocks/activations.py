@@ -34,11 +34,11 @@ class Activations:
         return Activations.empty(tuple(self.rows.shape), self.rows.dtype, self.device, self.rows.device)
 
     @torch.no_grad()
-    def mapped(self, function: Callable[[Tensor], Tensor], batch_size: int) -> Activations:
-        """What `function` makes of each batch, which must keep the shape."""
+    def mapped(self, function: Callable[[Tensor, slice], Tensor], batch_size: int) -> Activations:
+        """What `function` makes of each batch and the windows that it holds; it must keep the shape."""
         result = self.like()
         for batch in batches(len(self), batch_size):
-            result[batch] = function(self[batch])
+            result[batch] = function(self[batch], batch)
         return result
 
 
@@ -56,10 +56,18 @@ def home_of(shape: tuple[int, ...], dtype: torch.dtype, copies: int, device: tor
 
 
 @torch.no_grad()
-def mean_squared_error(outputs: Callable[[slice], Tensor], targets: Activations, batch_size: int) -> float:
-    """Mean over all entries of (outputs - targets)^2, added in float64 on the device, batch by batch."""
+def mean_squared_error(
+    outputs: Callable[[slice], Tensor], targets: Activations, batch_size: int, counted: Tensor | None = None
+) -> float:
+    """Mean over all entries of (outputs - targets)^2, added in float64 on the device, batch by batch.
+
+    `counted` (windows, length) leaves out the positions where it is False.
+    """
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
     for batch in batches(len(targets), batch_size):
-        difference = outputs(batch).float() - targets[batch].float()
-        total += difference.square().sum(dtype=torch.float64)
-    return float(total) / targets.rows.numel()
+        square = (outputs(batch).float() - targets[batch].float()).square()
+        if counted is not None:
+            square = square * counted[batch].unsqueeze(-1)
+        total += square.sum(dtype=torch.float64)
+    entries = targets.rows.numel() if counted is None else int(counted.sum()) * targets.rows.shape[-1]
+    return float(total) / max(entries, 1)

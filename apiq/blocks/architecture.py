@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from apiq.errors import ApiqError
+
+KEPT = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
+"""Linears that choose between experts: a few thousand weights on which everything hangs, kept as they are."""
 
 
 @dataclass(frozen=True)
@@ -17,33 +21,44 @@ class Blocks:
     modules: nn.ModuleList
 
 
+def text_model(model: nn.Module) -> nn.Module:
+    """The part of a transformers model that makes hidden states of tokens, without heads and other modalities."""
+    config = getattr(model, "config", None)
+    if config is not None and config.get_text_config() is not config:
+        return model.get_decoder()  # type: ignore[operator]
+    return model.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model  # type: ignore[return-value]
+
+
 def find_blocks(model: nn.Module) -> Blocks:
-    """The nn.ModuleList of modules of one class that holds the most weights in linears.
+    """The nn.ModuleList of modules of one class, in the text part of the model, that holds the most weights.
 
     Raises:
-        ApiqError: no such list is in the model.
+        ApiqError: no such list is there.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    sizes = {name: _linear_weights(module) for name, module in lists.items() if len({type(m) for m in module}) == 1}
+    text = text_model(model)
+    outer = next((name for name, module in model.named_modules() if module is text), "")
+    lists = {
+        f"{outer}.{name}".strip("."): module
+        for name, module in text.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
+    }
+    sizes = {name: sum(p.numel() for p in module.parameters() if p.dim() > 1) for name, module in lists.items()}
     path = max(sizes, key=lambda name: sizes[name], default="")
     if not path or not sizes[path]:
         raise ApiqError(
-            f"no transformer blocks were found in {type(model).__name__}: looked for an nn.ModuleList of modules of "
-            f"one class with nn.Linear inside, found the lists {', '.join(lists) or 'none'}."
+            f"no transformer blocks were found in {type(model).__name__}: looked in {type(text).__name__} for an "
+            f"nn.ModuleList of modules of one class with weights, found the lists {', '.join(lists) or 'none'}."
         )
     return Blocks(path, lists[path])
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by their name inside it, as in `self_attn.q_proj`."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linears of a block that are quantized, by their name inside it, as in `self_attn.q_proj`."""
+    found = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in found.items() if not KEPT.search(name)}
 
 
 def replace(block: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the submodule `name` of `block` was."""
     parent, _, child = name.rpartition(".")
     setattr(block.get_submodule(parent), child, module)
-
-
-def _linear_weights(blocks: nn.ModuleList) -> int:
-    return sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))

@@ -8,6 +8,7 @@ and no block is computed.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +17,34 @@ import torch
 from torch import Tensor, nn
 
 from apiq.blocks.activations import Activations, batches, home_of
+from apiq.blocks.architecture import text_model
+from apiq.errors import ApiqError
+
+PADDING = -100
+"""What stands in a calibration window where there is no token."""
+
+
+@dataclass(frozen=True)
+class PerWindow:
+    """An argument that differs between the windows, such as a padding mask; the first dimension counts them."""
+
+    values: Tensor
 
 
 @dataclass
 class BlockCall:
-    """The arguments of a block besides the hidden states, for one window (they broadcast over a batch)."""
+    """The arguments of a block besides the hidden states: for one window, to broadcast over a batch, or PerWindow."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states (batch, length, width) that `block` makes of `hidden`."""
-        output = block(hidden, *self.args, **self.kwargs)
+    def run(self, block: nn.Module, hidden: Tensor, batch: slice) -> Tensor:
+        """The hidden states (batch, length, width) that `block` makes of `hidden`, the windows of `batch`."""
+
+        def chosen(value: Any) -> Any:
+            return value.values[batch].to(hidden.device) if isinstance(value, PerWindow) else value
+
+        output = block(hidden, *_each(self.args, chosen), **_each(self.kwargs, chosen))
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -37,60 +54,129 @@ def capture(
 ) -> tuple[Activations, list[BlockCall]]:
     """The input X of the first block for all `windows` (n, length), and the call of every block.
 
-    `copies` is how many such X the caller is going to hold at a time; it decides where they live.
-    Only what lies outside the blocks is computed, where the model is; results go to `device`.
+    A window may be padded with PADDING. `copies` is how many such X the caller is going to hold at a
+    time; it decides where they live. Only what lies outside the blocks is computed, where the model
+    is; results go to `device`.
+
+    Raises:
+        ApiqError: the model does something to the hidden states between two blocks.
     """
-    base = model.base_model if isinstance(model.base_model, nn.Module) else model
-    place = next(p.device for name, p in base.named_parameters() if p.device.type != "meta")
-    with _recording(blocks) as calls:
-        _forward(base, windows[:1].to(place))
-        recorded = [
-            BlockCall(_move(args[1:], device), _move(_without_hidden(kwargs), device)) for args, kwargs in calls
-        ]
-        hidden = _hidden(*calls[0])
-        shape = (len(windows), *hidden.shape[1:])
-        X = Activations.empty(shape, dtype, device, home_of(shape, dtype, copies, device))
-        for batch in batches(len(windows), 16):
-            calls.clear()
-            _forward(base, windows[batch].to(place))
-            X[batch] = _hidden(*calls[0])
-    return X, recorded
+    base = text_model(model)
+    place = next(p.device for p in base.parameters() if p.device.type != "meta")
+    recorder = _Recorder(base, blocks, place, padded=bool((windows == PADDING).any()))
+    hidden, calls = recorder.calls(windows)
+    moved = [BlockCall(*_each(call, lambda value: _moved(value, device))) for call in calls]
+    shape = (len(windows), *hidden.shape[1:])
+    X = Activations.empty(shape, dtype, device, home_of(shape, dtype, copies, device))
+    for batch in batches(len(windows), 16):
+        X[batch] = _hidden(*recorder.forward(windows[batch])[0])
+    return X, moved
 
 
-def _forward(base: nn.Module, input_ids: Tensor) -> None:
-    base(input_ids=input_ids, use_cache=False)
+def counted(windows: Tensor) -> Tensor | None:
+    """Which positions (n, length) of `windows` hold a token; None where all of them do."""
+    mask = windows != PADDING
+    return None if bool(mask.all()) else mask
 
 
-@contextlib.contextmanager
-def _recording(blocks: nn.ModuleList) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append((args, kwargs))
-        return _hidden(args, kwargs)
 
-    try:
-        for block in blocks:
-            block.forward = record
-        yield calls
-    finally:
-        for block in blocks:
-            del block.forward
+@dataclass
+class _Recorder:
+    """Runs the model around its blocks, which only record what they are called with."""
+
+    base: nn.Module
+    blocks: nn.ModuleList
+    place: torch.device
+    padded: bool
+    as_tuple: bool = False
+
+    def calls(self, windows: Tensor) -> tuple[Tensor, list[Call]]:
+        """The hidden states of the first window, and what each block is called with besides them."""
+        first = self._first(windows[:1])
+        if not self.padded:
+            return _hidden(*first[0]), [_without_hidden(call) for call in first]
+        emptiest = (windows == PADDING).sum(-1).argmax()  # beside it no window is without a mask
+        pairs = [self.forward(torch.stack([row, windows[emptiest]])) for row in windows]
+        return _hidden(*first[0]), _stacked([[_without_hidden(call) for call in pair] for pair in pairs])
+
+    def _first(self, window: Tensor) -> list[Call]:
+        failures = (ApiqError, TypeError, ValueError, AttributeError, IndexError)
+        try:
+            return self.forward(window)
+        except failures as failure:
+            self.as_tuple = True  # as the blocks of some families return
+            try:
+                return self.forward(window)
+            except failures:
+                raise failure from None
+
+    def forward(self, windows: Tensor) -> list[Call]:
+        """What each block is called with for `windows`."""
+        windows = windows.to(self.place)
+        extra: dict[str, Any] = {"attention_mask": (windows != PADDING).long()} if self.padded else {}
+        accepted = inspect.signature(self.base.forward).parameters
+        if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            extra["use_cache"] = False
+        filler = getattr(self.base.config, "pad_token_id", None) or 0
+        with self._recording() as calls:
+            self.base(input_ids=windows.masked_fill(windows == PADDING, filler), **extra)
+        return calls
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[list[Call]]:
+        calls: list[Call] = []
+
+        def record(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+            hidden = _hidden(args, kwargs)
+            if calls and hidden is not _hidden(*calls[-1]):
+                raise ApiqError(
+                    f"the model changes the hidden states between its {type(self.blocks[0]).__name__} blocks "
+                    f"{len(calls) - 1} and {len(calls)}; such a model cannot be quantized block by block."
+                )
+            calls.append((args, kwargs))
+            return (hidden, None) if self.as_tuple else hidden
+
+        try:
+            for block in self.blocks:
+                block.forward = record
+            yield calls
+        finally:
+            for block in self.blocks:
+                block.__dict__.pop("forward", None)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _without_hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key not in ("hidden_states", "past_key_values")}
+def _without_hidden(call: Call) -> Call:
+    args, kwargs = call
+    return args[1:], {key: value for key, value in kwargs.items() if key not in ("hidden_states", "past_key_values")}
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
+def _stacked(pairs: list[Any]) -> Any:
+    """The arguments of all windows as one, from calls with two windows each: tensors with two rows become PerWindow."""
+    first = pairs[0]
+    if isinstance(first, Tensor):
+        two = first.dim() > 1 and first.shape[0] == 2
+        return PerWindow(torch.cat([value[:1] for value in pairs])) if two else first
+    if isinstance(first, tuple | list):
+        return type(first)(_stacked([value[i] for value in pairs]) for i in range(len(first)))
+    if isinstance(first, dict):
+        return {key: _stacked([value[key] for value in pairs]) for key in first}
+    return first
+
+
+def _each(value: Any, change: Any) -> Any:
+    """`value` with `change` done to everything in its tuples, lists and mappings."""
     if isinstance(value, tuple | list):
-        return type(value)(_move(item, device) for item in value)
+        return type(value)(_each(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    return value
+        return {key: _each(item, change) for key, item in value.items()}
+    return change(value)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -32,6 +32,8 @@ class Problem:
     """Its input in the quantized model, made by the quantized blocks before it."""
     targets: Activations | None
     """Its output in the full-precision model, F(W, X)."""
+    counted: Tensor | None
+    """Which positions (windows, length) count in a loss, bool on the device; None where nothing is padded."""
     seed: int
     """Seed for every random choice in this block."""
     autocast: Callable[[], AbstractContextManager]
@@ -43,17 +45,25 @@ class Problem:
         """The linears of the block by name."""
         return linears(self.block)
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The output of the block for `hidden` (batch, length, width), in float32."""
+    def run(self, hidden: Tensor, batch: slice) -> Tensor:
+        """The output of the block for `hidden` (batch, length, width), the windows of `batch`, in float32."""
         with self.autocast():
-            return self.call.run(self.block, hidden).float()
+            return self.call.run(self.block, hidden, batch).float()
+
+    def distance(self, output: Tensor, target: Tensor, batch: slice) -> Tensor:
+        """Mean over the entries of all counted positions of (output - target)^2, for (batch, length, ...)."""
+        square = (output - target.float()).square()
+        if self.counted is None:
+            return square.mean()
+        weight = self.counted[batch].unsqueeze(-1).to(square.dtype)
+        return (square * weight).sum() / (weight.sum() * square.shape[-1]).clamp(min=1)
 
     @torch.no_grad()
     def error(self, batch_size: int) -> float:
         """Mean squared error of the block as it stands: F(Xq) against the targets."""
         assert self.Xq is not None and self.targets is not None
         inputs = self.Xq
-        return mean_squared_error(lambda batch: self.run(inputs[batch]), self.targets, batch_size)
+        return mean_squared_error(lambda batch: self.run(inputs[batch], batch), self.targets, batch_size, self.counted)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from apiq.adapters import lora
 from apiq.blocks.activations import Activations, mean_squared_error
 from apiq.blocks.architecture import Blocks, replace
-from apiq.blocks.capture import BlockCall, capture
+from apiq.blocks.capture import BlockCall, capture, counted
 from apiq.blocks.problem import Method, Problem, Solution
 from apiq.blocks.store import BlockStore, replacing
 from apiq.checkpoint.layout import block_file
@@ -90,7 +90,11 @@ class Walk:
         def report(share: float, loss: float, detail: str) -> None:
             self.progress(Step("quantize", index + share, count, f"block {index + 1}/{count} {detail}", loss))
 
-        problem = Problem(index, block, call, X, Xq, None, _seed(self.params.seed, index), self._precision, report)
+        mask = None if self.windows is None else counted(self.windows)
+        problem = Problem(
+            index, block, call, X, Xq, None, None if mask is None else mask.to(self.device),
+            _seed(self.params.seed, index), self._precision, report,
+        )  # fmt: skip
         if X is not None:
             problem.targets = X.mapped(problem.run, self.params.batch_size)
         return problem
@@ -100,7 +104,7 @@ class Walk:
         if problem.Xq is None or problem.targets is None:
             return None, None
         Xq = problem.Xq.mapped(problem.run, self.params.batch_size)
-        error = mean_squared_error(lambda batch: Xq[batch], problem.targets, self.params.batch_size)
+        error = mean_squared_error(lambda batch: Xq[batch], problem.targets, self.params.batch_size, problem.counted)
         if error != error:
             raise ApiqError(
                 f"the output of the quantized block {problem.index} is not finite; set quantize.dtype to float32."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from apiq.blocks.activations import batches
 from apiq.blocks.problem import Curve, Problem, Solution
@@ -39,11 +38,11 @@ class ApiqBlockwise:
         first = problem.error(params.batch_size)
 
         def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
-            output = problem.run(Xq[batch])
-            error = F.mse_loss(output, targets[batch].float())
+            output = problem.run(Xq[batch], batch)
+            error = problem.distance(output, targets[batch], batch)
             if not params.second_term:
                 return error, error
-            return error + F.mse_loss(output, own[batch].float()), error
+            return error + problem.distance(output, own[batch], batch), error
 
         losses = descend(
             groups(problem.block, list(fakes.values()), params),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from apiq.blocks.activations import Activations, batches
 from apiq.blocks.architecture import replace
@@ -59,7 +58,7 @@ class ApiqLayerwise:
                 with torch.no_grad():
                     Y = linear.original(X[batch])
                 output = linear.adapted(Xq[batch])
-            loss = F.mse_loss(output.float(), Y.float())
+            loss = problem.distance(output.float(), Y, batch)
             return loss, loss
 
         def report(epoch: int, loss: float) -> None:
@@ -106,7 +105,7 @@ def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[li
 
     hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in originals.items()]
     try:
-        problem.run(problem.X[slice(0, 1)])
+        problem.run(problem.X[slice(0, 1)], slice(0, 1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -122,7 +121,7 @@ def _inputs(problem: Problem, hidden: Activations | None, linear: nn.Module, bat
     result: Activations | None = None
     try:
         for batch in batches(len(hidden), batch_size):
-            problem.run(hidden[batch])
+            problem.run(hidden[batch], batch)
             fed = caught.pop()
             if result is None:
                 shape = (len(hidden), *fed.shape[1:])

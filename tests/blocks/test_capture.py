@@ -2,59 +2,80 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from apiq.blocks.activations import Activations, batches, mean_squared_error
-from apiq.blocks.architecture import find_blocks, linears, replace
-from apiq.blocks.capture import capture
+from apiq.blocks.architecture import KEPT, find_blocks, linears, replace, text_model
+from apiq.blocks.capture import PADDING, capture
+from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
+from tests.families.zoo import BLOCKS, WORDS, ZOO
 
 CPU = torch.device("cpu")
-COMMON = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
-FAMILIES = {
-    "llama": (LlamaConfig(**COMMON), 7),
-    "mistral": (MistralConfig(**COMMON, sliding_window=8), 7),
-    "qwen2": (Qwen2Config(**COMMON), 7),
-    "qwen3": (Qwen3Config(**COMMON, head_dim=8), 7),
-    "gemma2": (Gemma2Config(**COMMON, head_dim=8, sliding_window=8), 7),
-    "phi3": (Phi3Config(**COMMON), 4),
-    "opt": (OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
-                      max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0), 6),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_driven_one_by_one_equal_the_model_bit_for_bit(family):
-    config, count = FAMILIES[family]
-    model = AutoModelForCausalLM.from_config(config).eval()
+@pytest.fixture(params=ZOO)
+def member(request):
+    return ZOO[request.param]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_driven_one_by_one_equal_the_model_bit_for_bit(member, padded):
+    torch.manual_seed(0)
+    model = getattr(transformers, member.head)(member.config).eval()
     blocks = find_blocks(model)
-    assert len(blocks.modules) == 3
-    assert len(linears(blocks.modules[0])) == count
-    windows = torch.randint(0, 61, (5, 24))
-    expected = model(windows, output_hidden_states=True).hidden_states
+    assert len(blocks.modules) == BLOCKS
+    windows = torch.randint(4, WORDS, (5, 24))
+    if padded:
+        windows[1, 20:] = windows[3, 10:] = PADDING
     X, calls = capture(model, blocks.modules, windows, CPU, torch.float32, 5)
+    with torch.no_grad():
+        mask = {"attention_mask": (windows != PADDING).long()} if padded else {}
+        ids = windows.masked_fill(windows == PADDING, 0)
+        expected = text_model(model)(input_ids=ids, output_hidden_states=True, **mask).hidden_states
     assert torch.equal(X.rows, expected[0])
     for index, (block, call) in enumerate(zip(blocks.modules, calls, strict=True)):
-        X = X.mapped(lambda hidden, block=block, call=call: call.run(block, hidden), batch_size=5)
-        if index + 1 < len(blocks.modules):  # the last hidden state that the model returns is behind the norm
+        X = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), batch_size=5)
+        if index + 1 < BLOCKS:  # the last hidden state that the model returns is behind the norm
             assert torch.equal(X.rows, expected[index + 1])
 
 
+def test_unfused_blocks_hold_every_linear_and_compute_the_same_bits(member):
+    torch.manual_seed(0)
+    model = getattr(transformers, member.head)(member.config).eval()
+    blocks = find_blocks(model)
+    windows = torch.randint(4, WORDS, (3, 16))
+    X, calls = capture(model, blocks.modules, windows, CPU, torch.float32, 5)
+    for block, call in zip(blocks.modules, calls, strict=True):
+        matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
+        before = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), 2)
+        found = linears(unfuse(block))
+        assert len(found) == member.linears
+        routers = sum(p.numel() for name, p in block.named_parameters() if KEPT.search(name))
+        assert sum(linear.weight.numel() for linear in found.values()) == matrices - routers
+        after = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), 2)
+        assert torch.equal(after.rows, before.rows)
+        X = after
+
+
+def test_a_model_that_works_between_its_blocks_is_refused():
+    model = LlamaForCausalLM(ZOO["llama"].config).eval()
+    second = model.model.layers[1]
+
+    class Shifted(nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return second(hidden_states + 1, **kwargs)
+
+    blocks = nn.ModuleList(model.model.layers)
+    model.model.layers[1] = Shifted()
+    with pytest.raises(ApiqError, match="between its LlamaDecoderLayer blocks 0 and 1"):
+        capture(model, blocks, torch.randint(4, WORDS, (2, 8)), CPU, torch.float32, 5)
+
+
 def test_capture_leaves_the_model_as_it_was():
-    model = AutoModelForCausalLM.from_config(FAMILIES["llama"][0]).eval()
+    model = AutoModelForCausalLM.from_config(ZOO["llama"].config).eval()
     windows = torch.randint(0, 61, (2, 8))
     before = model(windows).logits
     capture(model, find_blocks(model).modules, windows, CPU, torch.float32, 5)
@@ -89,7 +110,7 @@ def test_batches_cover_everything_once():
 def test_activations_are_handed_out_and_taken_back():
     rows = Activations.empty((4, 2, 3), torch.float32, CPU, CPU)
     rows[slice(0, 4)] = torch.arange(24.0).reshape(4, 2, 3)
-    doubled = rows.mapped(lambda x: 2 * x, 3)
+    doubled = rows.mapped(lambda x, batch: 2 * x, 3)
     assert torch.equal(doubled.rows, 2 * rows.rows)
     assert torch.equal(doubled[slice(1, 2)], 2 * rows[slice(1, 2)])
 

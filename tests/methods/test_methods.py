@@ -43,7 +43,7 @@ def problem(llama):
     X, calls = capture(model, blocks.modules, windows, CPU, torch.float32, 5)
     noise = torch.randn(X.rows.shape, generator=torch.Generator().manual_seed(2))
     Xq = Activations(X.rows + 0.05 * noise, CPU)
-    problem = Problem(1, blocks.modules[0], calls[0], X, Xq, None, 3, contextlib.nullcontext, lambda *_: None)
+    problem = Problem(1, blocks.modules[0], calls[0], X, Xq, None, None, 3, contextlib.nullcontext, lambda *_: None)
     problem.targets = X.mapped(problem.run, 2)
     return problem
 
@@ -69,9 +69,11 @@ def test_rtn_rounds_every_linear_to_its_own_grid(problem):
 def test_what_was_trained_is_what_is_deployed(problem, method):
     params = settings(method=method)
     solution = build(params).solve(problem)
-    trained = [problem.run(problem.Xq[slice(0, 6)]).detach()]
+    everything = slice(0, 6)
+    trained = problem.run(problem.Xq[everything], everything).detach()
     deploy(problem.block, solution, params, torch.float32)
-    torch.testing.assert_close(problem.run(problem.Xq[slice(0, 6)]).detach(), trained[0], rtol=1e-5, atol=1e-5)
+    deployed = problem.run(problem.Xq[everything], everything).detach()
+    torch.testing.assert_close(deployed, trained, rtol=1e-5, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in problem.block.parameters() if parameter.dim() == 1)
 
 
@@ -105,7 +107,7 @@ def test_blockwise_beats_layerwise_and_rounding(problem):
 def test_the_second_term_pulls_towards_the_map_of_the_block(problem):
     """With it, the quantized block is closer to the full-precision block on the quantized input."""
     teacher = copy.deepcopy(problem.block)
-    own = problem.Xq.mapped(lambda hidden: problem.call.run(teacher, hidden), 2)
+    own = problem.Xq.mapped(lambda hidden, batch: problem.call.run(teacher, hidden, batch), 2)
     distances = {}
     for term in (False, True):
         case = copy.deepcopy(problem)
