@@ -42,3 +42,8 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(module: Any) -> None:
     importlib.import_module("apiq.checkpoint.quantizer")
+
+
+@wrapt.when_imported("peft.utils.transformers_weight_conversion")
+def _keep_names(module: Any) -> None:
+    importlib.import_module("apiq.checkpoint.peft_names").respect_unfused_experts(module)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apiq.adapters.lora import model_key
-from apiq.blocks.architecture import Blocks, find_blocks, linears
+from apiq.blocks.architecture import linears
 from apiq.blocks.store import BlockStore
+from apiq.blocks.unfuse import unfuse
 from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
@@ -55,25 +58,26 @@ def quantize(
     device = pick_device(params.device)
     compute = pick_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
-    blocks = find_blocks(original.model)
-    _check_fit(original, blocks, windows, params, method.adapted)
-    names = list(linears(blocks.modules[0]))
+    blocks = original.stream.blocks
+    names = _check_fit(original, windows, params, method.adapted)
     identity = _identity(original.folder, windows, params)
     store = BlockStore(work_folder(identity))
     count, spent = len(blocks.modules), store.cpu_seconds
     walk = Walk(
-        original.model, blocks, windows, method, params, device, compute, original.dtype, store, progress,
+        original.stream, windows, method, params, device, compute, original.dtype, store, progress,
         lambda: spent + meter.reading()["cpu_seconds"],
     )  # fmt: skip
     walk.run()
     with new_folder(out) as folder:
         for index in range(count):
             shutil.copy2(store.folder / block_file(index), folder / block_file(index))
-        write_rest(folder / REST, original.model, blocks.path, original.dtype)
+        with original.stream.rest() as model:
+            write_rest(folder / REST, model, blocks.path, original.dtype)
         write_index(folder, [*(block_file(index) for index in range(count)), REST], _shapes(store))
         _write_config(original, folder, blocks.path, names, params)
         if method.adapted:
-            _write_adapters(store, folder, blocks.path, names, params)
+            task = "CAUSAL_LM" if original.stream.model.can_generate() else None
+            _write_adapters(store, folder, blocks.path, names, params, task)
         metrics = _metrics(store, folder, params)
         _write_losses(store, folder / "losses.csv")
         write_json(folder / "metrics.json", metrics)
@@ -85,28 +89,34 @@ def quantize(
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
 
 
-def _check_fit(
-    original: FullPrecision, blocks: Blocks, windows: Tensor | None, params: QuantizeParams, adapted: bool
-) -> None:
-    found = linears(blocks.modules[0]).items()
-    smallest = min((min(linear.in_features, linear.out_features), name) for name, linear in found)
+def _check_fit(original: FullPrecision, windows: Tensor | None, params: QuantizeParams, adapted: bool) -> list[str]:
+    """The names of the linears that the blocks hold, once model, windows and parameters are known to fit."""
+    model = original.stream.model
+    found = {name: linear for block in original.stream.blocks.modules for name, linear in _shapes_of(block)}
+    smallest = min((min(linear.in_features, linear.out_features), name) for name, linear in found.items())
     if adapted and params.rank > smallest[0]:
         raise ApiqError(
             f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}."
         )
     if windows is None:
-        return
-    context = getattr(original.model.config, "max_position_embeddings", None)
+        return list(found)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and windows.shape[1] > context:
         raise ApiqError(
             f"calibration.length is {windows.shape[1]}; it must be at most {context}, the context of the model."
         )
-    rows = original.model.get_input_embeddings().weight.shape[0]
+    rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
     if int(windows.max()) >= rows:
         raise ApiqError(
             f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: "
             "they were made with another tokenizer."
         )
+    return list(found)
+
+
+def _shapes_of(block: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
+    """The linears of a block on the meta device, which is left as it is."""
+    return linears(unfuse(copy.deepcopy(block))).items()
 
 
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> d
 
 
 def _write_config(original: FullPrecision, folder: Path, path: str, names: list[str], params: QuantizeParams) -> None:
-    original.model.config.save_pretrained(folder)
+    original.stream.model.config.save_pretrained(folder)
     config = read_json(folder / "config.json")
     config["dtype"] = str(original.dtype).removeprefix("torch.")
     config["quantization_config"] = {
@@ -139,20 +149,22 @@ def _write_config(original: FullPrecision, folder: Path, path: str, names: list[
         "linears": names,
     }
     write_json(folder / "config.json", config)
-    generation = getattr(original.model, "generation_config", None)
+    generation = getattr(original.stream.model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
     if original.tokenizer is not None:
         original.tokenizer.save_pretrained(folder)
 
 
-def _write_adapters(store: BlockStore, folder: Path, path: str, names: list[str], params: QuantizeParams) -> None:
+def _write_adapters(
+    store: BlockStore, folder: Path, path: str, names: list[str], params: QuantizeParams, task: str | None
+) -> None:
     state = {
         model_key(path, index, name): value
         for index, adapters in enumerate(store.adapters())
         for name, value in adapters.items()
     }
-    write_adapter(folder / "adapter", state, path, names, params.rank, params.alpha)
+    write_adapter(folder / "adapter", state, path, names, params.rank, params.alpha, task)
 
 
 def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from apiq.adapters import lora
 from apiq.blocks.activations import Activations, mean_squared_error
-from apiq.blocks.architecture import Blocks, replace
+from apiq.blocks.architecture import replace
 from apiq.blocks.capture import BlockCall, capture, counted
 from apiq.blocks.problem import Method, Problem, Solution
 from apiq.blocks.store import BlockStore, replacing
+from apiq.blocks.stream import ModelStream
+from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint.layout import block_file
 from apiq.checkpoint.writing import shapes, write_block
 from apiq.errors import ApiqError
@@ -37,10 +39,9 @@ COPIES = 5
 
 @dataclass
 class Walk:
-    """One walk over the blocks of `model`, which is taken apart on the way."""
+    """One walk over the blocks of a model, of which no more than one is in memory at a time."""
 
-    model: nn.Module
-    blocks: Blocks
+    stream: ModelStream
     windows: Tensor | None
     method: Method
     params: QuantizeParams
@@ -57,27 +58,27 @@ class Walk:
         Raises:
             ApiqError: a weight is not finite, or a loss is not, whatever the rate.
         """
-        count, done = len(self.blocks.modules), len(self.store.records)
+        count, done = len(self.stream.blocks.modules), len(self.store.records)
         X, Xq, calls = self._start(done)
         for index in range(done, count):
-            block = self.blocks.modules[index]
+            block = self.stream.load_block(index, self.device)
             self._require_finite(block, index)
-            dtype = self.compute if self.compute == torch.float32 else self.storage
-            block.to(device=self.device, dtype=dtype).requires_grad_(False)
+            unfuse(block).requires_grad_(False)
             problem = self._problem(block, index, calls[index], X, Xq)
             solution = self.method.solve(problem)
             adapters = deploy(block, solution, self.params, self.storage)
             X, Xq, last = problem.targets, *self._propagate(problem)
             self._save(block, index, adapters, X, Xq)
             self._finish(block, index, solution, last)
-            self.blocks.modules[index] = nn.Identity()
+            self.stream.drop_block(index)
 
     def _start(self, done: int) -> tuple[Activations | None, Activations | None, list[BlockCall]]:
-        count = len(self.blocks.modules)
+        count = len(self.stream.blocks.modules)
         if self.windows is None:
             return None, None, [BlockCall()] * count
         self.progress(Step("quantize", done, count, "embeddings"))
-        X, calls = capture(self.model, self.blocks.modules, self.windows, self.device, self.compute, COPIES)
+        with self.stream.embeddings(torch.device("cpu")) as model:
+            X, calls = capture(model, self.stream.blocks.modules, self.windows, self.device, self.compute, COPIES)
         if 0 < done < count:
             return *self.store.activations(done, self.device, COPIES), calls
         return X, X, calls
@@ -85,7 +86,7 @@ class Walk:
     def _problem(
         self, block: nn.Module, index: int, call: BlockCall, X: Activations | None, Xq: Activations | None
     ) -> Problem:
-        count = len(self.blocks.modules)
+        count = len(self.stream.blocks.modules)
 
         def report(share: float, loss: float, detail: str) -> None:
             self.progress(Step("quantize", index + share, count, f"block {index + 1}/{count} {detail}", loss))
@@ -115,13 +116,13 @@ class Walk:
         self, block: nn.Module, index: int, adapters: dict[str, Tensor], X: Activations | None, Xq: Activations | None
     ) -> None:
         with replacing(self.store.folder / block_file(index)) as path:
-            write_block(path, block, f"{self.blocks.path}.{index}", self.storage)
+            write_block(path, block, f"{self.stream.blocks.path}.{index}", self.storage)
         self.store.save_adapters(index, adapters)
-        if X is not None and Xq is not None and index + 1 < len(self.blocks.modules):
+        if X is not None and Xq is not None and index + 1 < len(self.stream.blocks.modules):
             self.store.save_activations(index + 1, X, Xq)
 
     def _finish(self, block: nn.Module, index: int, solution: Solution, last: float | None) -> None:
-        name = f"{self.blocks.path}.{index}"
+        name = f"{self.stream.blocks.path}.{index}"
         record: dict[str, Any] = {
             "name": name,
             "shapes": shapes(block, name),
@@ -130,7 +131,7 @@ class Walk:
             "curves": [{"name": curve.name, "losses": curve.losses} for curve in solution.curves],
         }
         self.store.finish(record, self.cpu_clock())
-        count = len(self.blocks.modules)
+        count = len(self.stream.blocks.modules)
         self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}", last))
 
     def _precision(self) -> contextlib.AbstractContextManager:
@@ -142,8 +143,8 @@ class Walk:
         for name, value in block.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ApiqError(
-                    f"the weight {self.blocks.path}.{index}.{name} of the model holds a value that is not finite; "
-                    "nothing sensible can be quantized from it, get the model again."
+                    f"the weight {self.stream.blocks.path}.{index}.{name} of the model holds a value that is not "
+                    "finite; nothing sensible can be quantized from it, get the model again."
                 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -15,17 +16,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from apiq.blocks.stream import ModelStream
 from apiq.checkpoint import manifest
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
+"""Files by which a folder with a tokenizer is known."""
+
 
 @dataclass
 class FullPrecision:
-    """An unquantized model on the CPU."""
+    """An unquantized model on disk."""
 
-    model: Any
+    stream: ModelStream
     tokenizer: Any
+    """None where the folder has no tokenizer."""
     folder: Path
     dtype: torch.dtype
     """The precision in which its weights are stored."""
@@ -36,28 +42,37 @@ class Loaded:
     """A model ready to run."""
 
     model: Any
-    tokenizer: Any
     folder: Path
     """The folder with config.json that the base was read from."""
     kind: str
     """full, quantized or finetuned."""
 
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            ApiqError: the folder has none that can be read.
+        """
+        return read_tokenizer(self.folder)
+
 
 def full_precision(source: str | Path, dtype: torch.dtype | None = None) -> FullPrecision:
-    """Read an unquantized model, in `dtype` or in the precision in which it is stored.
+    """Open an unquantized model, to be streamed in `dtype` or in the precision in which it is stored.
 
     Raises:
         ApiqError: there is no such model, it is quantized already, or its files are damaged.
     """
-    from apiq.models.source import locate
+    from apiq.models.source import locate, weight_files
 
     folder = locate(source)
     config = AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None):
         raise ApiqError(f"{source} is quantized already; give the full-precision model.")
     stored = _stored_dtype(folder, config)
-    model = _from_pretrained(folder, config, dtype or stored, torch.device("cpu"))
-    return FullPrecision(model, read_tokenizer(folder), folder, stored)
+    stream = ModelStream(folder, config, dtype or stored, [folder / name for name in weight_files(folder)])
+    tokenizer = read_tokenizer(folder) if _has_tokenizer(folder) else None
+    return FullPrecision(stream, tokenizer, folder, stored)
 
 
 def load(
@@ -103,7 +118,7 @@ def load(
     if adapters and adapter.is_dir():
         model = _adapted(model, adapter, trainable)
     model.train(trainable)
-    return Loaded(model, read_tokenizer(base), base, kind)
+    return Loaded(model, base, kind)
 
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -142,6 +157,10 @@ def _stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
     return declared or torch.float32
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
@@ -149,6 +168,8 @@ def read_tokenizer(folder: Path) -> Any:
         ApiqError: there is none that can be read.
     """
     try:
+        if not _has_tokenizer(folder):
+            raise OSError("it has no file of one")
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ApiqError(f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())}.") from None

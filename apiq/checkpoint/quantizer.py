@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from apiq.blocks.architecture import replace
+from apiq.blocks.architecture import find_blocks, linears, replace
+from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint import manifest
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
@@ -33,15 +33,6 @@ class ApiqConfig(QuantizationConfigMixin):
         """The grid of every packed linear."""
         return Grid(self.bits, self.group_size, self.symmetric)
 
-    def place(self, name: str) -> str:
-        """`name` from the list of blocks on: models with and without a head carry different prefixes."""
-        found = re.search(rf"(?:^|\.)({re.escape(self.blocks.rpartition('.')[2])}\.\d+\..*)", name)
-        return found.group(1) if found else name
-
-    def matches(self, name: str) -> bool:
-        """Whether the module `name` is packed."""
-        return self.place(name).split(".", 2)[-1] in self.linears
-
 
 class ApiqQuantizer(HfQuantizer):
     """Puts PackedLinear where the checkpoint has codes; refuses a folder that is not whole."""
@@ -55,8 +46,8 @@ class ApiqQuantizer(HfQuantizer):
         manifest.verify(Path(files[0]).parent)
         config = self.quantization_config
         assert isinstance(config, ApiqConfig)
-        pack_linears(model, config, kwargs.get("dtype") or torch.get_default_dtype())
-        _refuse_missing(model, config, [Path(file) for file in files])
+        path = pack_linears(model, config, kwargs.get("dtype") or torch.get_default_dtype())
+        _refuse_missing(model, path, config, [Path(file) for file in files])
         return model
 
     def is_serializable(self) -> bool:  # type: ignore[override]
@@ -69,33 +60,41 @@ class ApiqQuantizer(HfQuantizer):
         return True
 
 
-def pack_linears(model: nn.Module, config: ApiqConfig, dtype: torch.dtype) -> None:
-    """Replace the linears that `config` names by empty packed ones, on the device of the model."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and config.matches(name)]
-    if not names:
+def pack_linears(model: nn.Module, config: ApiqConfig, dtype: torch.dtype) -> str:
+    """Replace the linears that `config` names by empty packed ones, on the device of the model.
+
+    Returns:
+        The name of the list of blocks in `model`; models with and without a head differ in it.
+    """
+    blocks, packed = find_blocks(model), 0
+    for block in blocks.modules:
+        for name, linear in linears(unfuse(block)).items():
+            if name in config.linears:
+                with torch.device(linear.weight.device):
+                    new = PackedLinear(
+                        linear.in_features, linear.out_features, config.grid, linear.bias is not None, dtype
+                    )
+                replace(block, name, new)
+                packed += 1
+    if not packed:
         raise ApiqError(
             f"config.json names packed linears {config.blocks}.N.{config.linears[0]}, "
             f"of which {type(model).__name__} has none."
         )
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        with torch.device(linear.weight.device):
-            packed = PackedLinear(linear.in_features, linear.out_features, config.grid, linear.bias is not None, dtype)
-        replace(model, name, packed)
+    return blocks.path
 
 
-def _refuse_missing(model: nn.Module, config: ApiqConfig, files: list[Path]) -> None:
+def _refuse_missing(model: nn.Module, path: str, config: ApiqConfig, files: list[Path]) -> None:
     """Refuse a checkpoint that lacks a tensor of a packed linear: transformers would only warn and make it up."""
     stored: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            stored.update(config.place(key) for key in tensors.keys())  # noqa: SIM118 (not a mapping)
-    for name, module in model.named_modules():
+            stored.update(key.removeprefix(f"{config.blocks}.") for key in tensors.keys())  # noqa: SIM118 (no mapping)
+    for name, module in model.get_submodule(path).named_modules():
         if isinstance(module, PackedLinear):
-            missing = [key for key in module.state_dict() if config.place(f"{name}.{key}") not in stored]
+            missing = [key for key in module.state_dict() if f"{name}.{key}" not in stored]
             if missing:
-                raise ApiqError(f"the checkpoint has no tensor {name}.{missing[0]}; make it again.")
+                raise ApiqError(f"the checkpoint has no tensor {path}.{name}.{missing[0]}; make it again.")
 
 
 # As calls, not as decorators: those would hide the classes from type checkers

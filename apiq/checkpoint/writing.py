@@ -59,12 +59,18 @@ def write_index(folder: Path, files: Iterable[str], shapes: Mapping[str, list[in
 
 
 def write_adapter(
-    folder: Path, state: Mapping[str, Tensor], blocks: str, linears: Iterable[str], rank: int, alpha: float
+    folder: Path,
+    state: Mapping[str, Tensor],
+    blocks: str,
+    linears: Iterable[str],
+    rank: int,
+    alpha: float,
+    task: str | None,
 ) -> None:
-    """Write adapters in PEFT's format; their base is the folder above."""
+    """Write adapters in PEFT's format, for a model of the PEFT task type `task`; their base is the folder above."""
     folder.mkdir()
     config = lora_config(rank, alpha, model_target(blocks, linears))
-    config.task_type = "CAUSAL_LM"
+    config.task_type = task
     config.base_model_name_or_path = ".."
     config.inference_mode = True
     config.save_pretrained(str(folder))

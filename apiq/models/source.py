@@ -84,7 +84,7 @@ def _whole(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise ApiqError(f"the folder {folder} is no model in Hugging Face format: it has no {CONFIG}.")
     read_json(folder / CONFIG)
-    for name in _weights(folder):
+    for name in weight_files(folder):
         if not (folder / name).is_file():
             raise ApiqError(f"the model in {folder} is incomplete: {name}, which {INDEX} lists, is missing.")
         try:
@@ -95,7 +95,12 @@ def _whole(folder: Path) -> Path:
     return folder
 
 
-def _weights(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """The names of the safetensors files of a model folder.
+
+    Raises:
+        ApiqError: it has none, or its index is damaged.
+    """
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         if not isinstance(index, dict) or not index.get("weight_map"):
