@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from apiq import cli_planning
 from apiq.cli_options import Json, Set, field, parameters, unescape
 from apiq.errors import ApiqError
 from apiq.params import CalibrationParams, FinetuneParams, Params, QuantizeParams
@@ -211,6 +212,10 @@ def profile(
         else:
             result = {"profile": name, "parameters": profiles.lay(name, params).model_dump(mode="json")}
     _show(result, as_json)
+
+
+app.command()(cli_planning.plan)
+app.command()(cli_planning.doctor)
 
 
 def _calibration_windows(folder: Path, params: Params) -> Any:

@@ -44,7 +44,7 @@ def train_demo(params: DemoModel, out: str | Path, progress: Progress = silent) 
     windows = consecutive_windows(tokenize(held_out.text, tokenizer), 0, params.context)
     dtype = torch.bfloat16 if _computes_bfloat16() else torch.float32
     with _threads(THREADS), borrowed(params.seed):
-        model = LlamaForCausalLM(_config(params))
+        model = LlamaForCausalLM(demo_config(params))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             fit(model, tokens, params, progress)
         loss = math.log(perplexity(model, windows, params.batch_size))
@@ -111,7 +111,8 @@ def fit(model: LlamaForCausalLM, tokens: torch.Tensor, params: DemoModel, progre
         progress(Step("training", step, params.steps, f"step {step}/{params.steps}", loss.item()))
 
 
-def _config(params: DemoModel) -> LlamaConfig:
+def demo_config(params: DemoModel) -> LlamaConfig:
+    """The shape of the demo model."""
     return LlamaConfig(
         vocab_size=params.vocab_size,
         hidden_size=params.hidden_size,

@@ -1,0 +1,127 @@
+"""The arithmetic of memory: bytes on the device, in RAM and on disk, from the sizes of a model and its settings.
+
+Pure functions of numbers. Every term is what the named code holds at its worst moment; what one pass through a
+block makes and keeps is counted by `apiq.planning.step`. docs/reference/plan.md holds predicted against measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apiq.planning.step import Pass
+
+FLOAT = 4
+"""Bytes of a float32, in which everything that is trained and its AdamW moments are kept."""
+GUARD = 3
+"""Copies that `apiq.methods.descent` keeps of the last good state: the parameters and their two moments."""
+PACKING = 25
+"""Bytes a weight of one linear while its codes are packed (`apiq.grids.packing`): three int64 and a uint8."""
+DEQUANTIZED = 9
+"""Bytes a weight of one linear while `apiq.layers.packed` dequantizes it: shifted words, codes, the product."""
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """The largest block of a model with everything that a method puts into it."""
+
+    weights: int
+    """Parameters of the block as it comes."""
+    groups: int
+    """Groups of all its linears: each has a scale and a zero point."""
+    adapter: int
+    """Adapter parameters."""
+    largest: int
+    """Weights of its largest linear."""
+    widest: int
+    """Inputs of its widest linear."""
+
+
+def solver(block: BlockSizes, work: Pass, weight_bytes: int, fitted: bool) -> dict[str, int]:
+    """Bytes on the device to quantize one block.
+
+    The weights in the precision in which they are computed with, the extrema and clipping parameters (low, high,
+    gamma, beta) of each group, adapters in float32, the moments of AdamW with their guard, and the larger of
+    a step (the activations kept for backward, the fake-quantized weights, gradients and temporaries) and the packing
+    of a linear at the end.
+
+    Args:
+        block: sizes of the largest block.
+        work: one step on a batch.
+        weight_bytes: bytes of a weight while it is computed with.
+        fitted: whether anything is trained; rounding to nearest only packs.
+    """
+    packing = PACKING * block.largest
+    if not fitted:
+        return {"block": block.weights * weight_bytes, "step": packing}
+    trained = 2 * block.groups + block.adapter
+    return {
+        "block": block.weights * weight_bytes,
+        "grids and adapters": FLOAT * (4 * block.groups + block.adapter),
+        "optimizer": FLOAT * (2 + GUARD) * trained,
+        "step": max(work.peak, packing),
+    }
+
+
+def host(parameters: int, outside: int, weight_bytes: int) -> dict[str, int]:
+    """Bytes of the full-precision model in RAM: `apiq.checkpoint.loading.full_precision` reads it whole."""
+    return {"model": parameters * weight_bytes}
+
+
+def home(sets: int, gpu: int | None, solver: int) -> str:
+    """Where the activations live: `gpu` if they fill at most half of what is free there, else `ram`."""
+    return "gpu" if gpu is not None and sets <= (gpu - solver) // 2 else "ram"
+
+
+def activations(windows: int, length: int, width: int, item_bytes: int) -> int:
+    """Bytes of one set of hidden states (windows, length, width)."""
+    return windows * length * width * item_bytes
+
+
+def copies_alive(method: str, second_term: bool, widening: float) -> float:
+    """Sets of activations alive at a time, in units of one set as wide as the hidden states.
+
+    X, Xq, the targets and, while a block is solved, the target of the second term or, after it, the next
+    Xq. Layer by layer, the inputs of one linear in both models join X, Xq and the targets; a linear that reads
+    the inside of the block is `widening` times as wide.
+    """
+    if method == "rtn":
+        return 0
+    if method == "apiq-lw":
+        return 3 + 2 * widening
+    return 5 if second_term else 4
+
+
+def work_folder(packed: int, adapters: int, one_set: int) -> int:
+    """Bytes that unfinished work takes on disk: finished blocks, and X and Xq before and after the block in hand."""
+    return packed + adapters + 4 * one_set
+
+
+def training(
+    packed: int, outside: int, item_bytes: int, adapter: int, work: Pass, blocks: int, entry: int, head: int,
+    checkpointing: bool, dequantized: int,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes on the device to finetune: the frozen packed model, its adapters with AdamW, one batch.
+
+    Without checkpointing every block keeps its activations; with it every block keeps its input only, and one
+    at a time computes the rest again. The logits come on top of what the blocks keep.
+
+    Args:
+        packed: bytes of the packed blocks.
+        outside: parameters outside the blocks, in the precision of the arithmetic.
+        item_bytes: bytes of a number in that precision.
+        adapter: adapter parameters of the whole model.
+        work: forward and backward of one packed block.
+        blocks: number of blocks.
+        entry: bytes of the hidden states of a batch.
+        head: most bytes alive at a time in logits and loss.
+        checkpointing: whether activations are computed again in the backward pass.
+        dequantized: bytes of the largest linear while it is dequantized.
+    """
+    kept = blocks * (entry if checkpointing else work.kept)
+    top = max(head, work.peak - (0 if checkpointing else work.kept))
+    return {
+        "packed model": packed + outside * item_bytes,
+        "adapters and optimizer": 4 * FLOAT * adapter,
+        "activations": kept,
+        "step": max(top, dequantized),
+    }

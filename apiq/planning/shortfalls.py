@@ -1,0 +1,91 @@
+"""What does not fit this machine, and which field to change to what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.filesize import decimal
+
+from apiq.params import Params
+from apiq.planning.machine import Machine
+
+
+def told(machine: Machine) -> dict[str, Any]:
+    """The machine as a mapping."""
+    return asdict(machine)
+
+
+def offloaded(quantizing: Mapping[str, Any]) -> list[str]:
+    """What of a quantization on a GPU does not stay there."""
+    if quantizing["gpu"] is None:
+        return []
+    told = ["the model waits in RAM, one block at a time is on the GPU"]
+    if quantizing["activations"] != "gpu":
+        told.append(f"the activations ({decimal(quantizing['ram']['activations'])}) live in pinned RAM")
+    return told
+
+
+def problems(
+    params: Params, quantizing: Mapping[str, Any], tuning: Mapping[str, Any] | None, machine: Machine
+) -> list[str]:
+    """One sentence for each place that is too small."""
+    found = [_quantizing_ram(params, quantizing["ram"], machine), _quantizing_gpu(params, quantizing["gpu"], machine)]
+    if tuning is not None:
+        found += [_tuning(params, tuning["ram"], machine.ram + machine.interpreter, "RAM"),
+                  _tuning(params, tuning["gpu"], machine.gpu, "GPU memory")]  # fmt: skip
+    found += [_disk(quantizing["disk"], machine)]
+    return [sentence for sentence in found if sentence]
+
+
+def _quantizing_ram(params: Params, need: Mapping[str, int], machine: Machine) -> str | None:
+    free, whole = machine.ram + machine.interpreter, sum(need.values())
+    if whole <= free:
+        return None
+    start = f"quantizing needs {decimal(whole)} of RAM and {decimal(free)} are free"
+    sets, windows = need.get("activations", 0), params.calibration.windows
+    left = free - (whole - sets)
+    if left > 0 and (fitting := windows * left // sets) >= 1:
+        return f"{start}: set calibration.windows from {windows} to {fitting}."
+    if need.get("step", 0) > whole - free and params.quantize.batch_size > 1:
+        return f"{start}: set quantize.batch_size from {params.quantize.batch_size} to 1."
+    return f"{start}: take a machine with more, or a smaller model.source than {params.model.source}."
+
+
+def _quantizing_gpu(params: Params, need: Mapping[str, int] | None, machine: Machine) -> str | None:
+    if need is None or machine.gpu is None or sum(need.values()) <= machine.gpu:
+        return None
+    start = f"quantizing needs {decimal(sum(need.values()))} of GPU memory and {decimal(machine.gpu)} are free"
+    if params.quantize.batch_size > 1:
+        return f"{start}: set quantize.batch_size from {params.quantize.batch_size} to 1."
+    if params.calibration.length > 512:
+        return f"{start}: set calibration.length from {params.calibration.length} to {params.calibration.length // 2}."
+    return f"{start}: set quantize.device from {params.quantize.device} to cpu, or take a larger GPU."
+
+
+def _tuning(params: Params, need: Mapping[str, int] | None, free: int | None, place: str) -> str | None:
+    if need is None or free is None or sum(need.values()) <= free:
+        return None
+    tune = params.finetune
+    start = f"finetuning needs {decimal(sum(need.values()))} of {place} and {decimal(free)} are free"
+    if not tune.activation_checkpointing:
+        return f"{start}: set finetune.activation_checkpointing from false to true."
+    if tune.batch_size > 1:
+        return (
+            f"{start}: set finetune.batch_size from {tune.batch_size} to {tune.batch_size // 2} and "
+            f"finetune.accumulation from {tune.accumulation} to {2 * tune.accumulation}."
+        )
+    return f"{start}: set finetune.length from {tune.length} to {tune.length // 2}."
+
+
+def _disk(need: Mapping[str, int], machine: Machine) -> str | None:
+    for purpose, bytes_ in need.items():
+        free = machine.disk[purpose]
+        if bytes_ > free:
+            field = "--out" if purpose == "result" else "the environment variable APIQ_WORK"
+            return (
+                f"the {purpose} needs {decimal(bytes_)} of disk and {decimal(free)} are free there: set {field} to a "
+                "folder on a larger disk."
+            )
+    return None

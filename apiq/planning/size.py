@@ -1,0 +1,155 @@
+"""How large the checkpoint will be, to the byte where it matters, and its effective bits.
+
+The packed linears and the adapters are made on the meta device by the very code that makes the real ones, so
+their shapes are those of the files.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apiq.adapters import lora
+from apiq.blocks.architecture import linears, replace
+from apiq.checkpoint.accounting import Bits
+from apiq.checkpoint.layout import REST, block_file
+from apiq.grids.affine import Grid
+from apiq.layers.packed import PackedLinear
+from apiq.methods import METHODS
+from apiq.params import QuantizeParams
+from apiq.planning.outline import Outline
+
+PARTS = ("codes", "scales", "zeros")
+_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ORDER = list(_NAMES)
+"""Tensors stand in a file in this order of their types, and by name within one."""
+_MANIFEST_LINE = 110
+"""Bytes that the manifest spends on a file: its name and its SHA-256."""
+_SETTINGS = 4096
+"""Bytes of the small files together: config.json, generation_config.json, adapter_config.json, the rest of apiq.json."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the folder of a quantized model will hold."""
+
+    bits: Bits
+    blocks: list[int]
+    """Bytes of each block file."""
+    rest: int
+    """Bytes of what lies outside the blocks."""
+    adapter: int
+    """Bytes of the adapters."""
+    beside: int
+    """Bytes of the index, the manifest, the metrics and the tokenizer, about."""
+    trained: int
+    """Number of adapter parameters."""
+
+    @property
+    def packed(self) -> int:
+        """Bytes of the weights without adapters."""
+        return sum(self.blocks) + self.rest
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole folder."""
+        return self.packed + self.adapter + self.beside
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A block as it will be deployed, on the meta device."""
+
+    module: nn.Module
+    shapes: dict[str, tuple[int, int]]
+    """(out, in) of each packed linear by its name inside the block."""
+    tensors: dict[str, Tensor]
+    """What its file holds, by name inside the block."""
+    adapters: dict[str, Tensor]
+    """Its adapter parameters, by name inside the block."""
+
+    def bits(self, part: str) -> int:
+        """Bits that `codes`, `scales` or `zeros` of all linears take."""
+        found = (self.tensors.get(f"{name}.{part}") for name in self.shapes)
+        return sum(8 * tensor.nbytes for tensor in found if tensor is not None)
+
+
+def packed_block(block: nn.Module, params: QuantizeParams, storage: torch.dtype) -> PackedBlock:
+    """Pack a block of the meta device as `apiq.blocks.walk.deploy` does; `block` stays as it is."""
+    block = copy.deepcopy(block)
+    grid, found = Grid(params.bits, params.group_size, params.symmetric), linears(block)
+    with torch.device("meta"):
+        for name, linear in found.items():
+            packed = PackedLinear(linear.in_features, linear.out_features, grid, linear.bias is not None, storage)
+            replace(block, name, packed)
+    tensors = {name: _stored(name, value, storage) for name, value in block.state_dict().items()}
+    adapters: dict[str, Tensor] = {}
+    if METHODS[params.method].adapted:
+        lora.inject(block, found, params.rank, params.alpha, seed=0)
+        adapters = {name: value.detach().to(storage) for name, value in lora.parameters(block).items()}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
+    return PackedBlock(block, shapes, tensors, adapters)
+
+
+def result_size(outline: Outline, params: QuantizeParams) -> Result:
+    """Effective bits, counted as `apiq.checkpoint.accounting.effective_bits` counts them on the files, and bytes."""
+    spent, weights, trained = dict.fromkeys((*PARTS, "adapters"), 0), 0, 0
+    files, shapes, low_rank = {}, {}, {}
+    for block, indices in outline.kinds():
+        packed = packed_block(block, params, outline.storage)
+        for part in PARTS:
+            spent[part] += packed.bits(part) * len(indices)
+        spent["adapters"] += 8 * sum(value.nbytes for value in packed.adapters.values()) * len(indices)
+        trained += sum(value.numel() for value in packed.adapters.values()) * len(indices)
+        weights += sum(math.prod(shape) for shape in packed.shapes.values()) * len(indices)
+        for index in indices:
+            prefix = f"{outline.blocks.path}.{index}"
+            files[index] = {f"{prefix}.{name}": value for name, value in packed.tensors.items()}
+            shapes |= {f"{prefix}.{name}": shape for name, shape in packed.shapes.items()}
+            low_rank |= {lora.model_key(outline.blocks.path, index, key): v for key, v in packed.adapters.items()}
+    rest = {name: _stored(name, value, outline.storage) for name, value in outline.outside().items()}
+    parts = {part: bits / weights for part, bits in spent.items()}
+    return Result(
+        bits=Bits(**parts, total=sum(parts.values()), weights=weights),
+        blocks=[safetensors_bytes(files[index], {"format": "pt"}) for index in sorted(files)],
+        rest=safetensors_bytes(rest, {"format": "pt"}),
+        adapter=safetensors_bytes(low_rank, None) if low_rank else 0,
+        beside=_beside(files, rest, shapes, params) + (outline.tokenizer_bytes or 0),
+        trained=trained,
+    )
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> int:
+    """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, and the data."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, value in sorted(tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype), item[0])):
+        begin, end = end, end + value.nbytes
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + math.ceil(length / 8) * 8 + end
+
+
+def _stored(name: str, value: Tensor, storage: torch.dtype) -> Tensor:
+    kept = name.endswith(".scales") or not value.is_floating_point()
+    return value.detach() if kept else value.detach().to(storage)
+
+
+def _beside(
+    files: Mapping[int, Mapping[str, Tensor]], rest: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]],
+    params: QuantizeParams,
+) -> int:  # fmt: skip
+    """Bytes of the index, exact, and of the small files beside it, about."""
+    places = {name: block_file(index) for index, tensors in files.items() for name in tensors}
+    places |= dict.fromkeys(rest, REST)
+    index = {"metadata": {"total_size": 10**9, "shapes": {name: list(s) for name, s in shapes.items()}}}
+    text = json.dumps({**index, "weight_map": places}, indent=2)
+    curves = len(files) * {"rtn": 0, "apiq-bw": 1}.get(params.method, len(shapes) // len(files))
+    losses = 40 * curves * (params.epochs + 1)
+    return len(text) + (len(files) + 12) * _MANIFEST_LINE + 120 * len(files) + losses + _SETTINGS
