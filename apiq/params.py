@@ -132,6 +132,9 @@ class QuantizeParams(Section):
     """Arithmetic of the solver: auto is bfloat16 autocast on a GPU and float32 on a CPU."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    activations: Literal["auto", "device", "memory", "disk"] = "auto"
+    """Where the inputs and targets of a block are kept: on the device, in memory (pinned) or in files in the work
+    folder; auto takes the first in which they fill at most half of what is free."""
     seed: Seed = 0
     """Seed of the initial A and of every random choice."""
 

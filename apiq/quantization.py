@@ -120,7 +120,8 @@ def _shapes_of(block: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
 
 
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
-    return params.model_dump(mode="json")
+    """The parameters on which the result depends."""
+    return params.model_dump(mode="json", exclude={"activations"})
 
 
 def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:

@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where activations are kept between their uses on `device`."""
+
+    kind: Literal["device", "memory", "disk"]
+    device: torch.device
+    folder: Path | None = None
+    """Folder of the files that they are mapped from, for kind disk."""
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialized tensor; mapped from a file that goes with it, for kind disk.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if self.kind == "device":
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self.kind == "memory":
+            return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        assert self.folder is not None
+        handle, path = tempfile.mkstemp(dir=self.folder, prefix=".activations-")
+        try:
+            size = max(torch.Size(shape).numel(), 1)
+            os.posix_fallocate(handle, 0, size * dtype.itemsize)  # a full disk is met here, not in the mapping
+            return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)  # the mapping lives on, and its room is given back however the process ends
+
+
+def choose_home(
+    wanted: str, shape: tuple[int, ...], dtype: torch.dtype, copies: int, device: torch.device, folder: Path | None
+) -> Home:
+    """The home that `wanted` (auto, device, memory, disk) stands for, for `copies` tensors of `shape`.
+
+    auto: the device if they fill at most half of what is free there, else memory by the same rule,
+    else files in `folder`.
+    """
+    if wanted != "auto":
+        return Home("device" if wanted == "memory" and device.type == "cpu" else wanted, device, folder)  # type: ignore[arg-type]
+    need = copies * torch.Size(shape).numel() * dtype.itemsize
+    if device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] // 2:
+        return Home("device", device)
+    if need <= psutil.virtual_memory().available // 2 or folder is None:
+        return Home("device" if device.type == "cpu" else "memory", device)
+    return Home("disk", device, folder)
 
 
 class Activations:
     """A tensor (windows, length, width), kept where there is room and handed out batch by batch on the device."""
 
-    def __init__(self, rows: Tensor, device: torch.device):
+    def __init__(self, rows: Tensor, home: Home):
         self.rows = rows
-        self.device = device
+        self.home = home
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, home: torch.device) -> Activations:
-        """Room for activations of `shape`, kept on `home` and computed with on `device`."""
-        return cls(torch.empty(shape, dtype=dtype, device=home, pin_memory=home.type != device.type), device)
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, home: Home) -> Activations:
+        """Room for activations of `shape` at `home`."""
+        return cls(home.room(shape, dtype), home)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed with."""
+        return self.home.device
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -31,7 +90,7 @@ class Activations:
 
     def like(self) -> Activations:
         """Room of the same shape, dtype and home."""
-        return Activations.empty(tuple(self.rows.shape), self.rows.dtype, self.device, self.rows.device)
+        return Activations.empty(tuple(self.rows.shape), self.rows.dtype, self.home)
 
     @torch.no_grad()
     def mapped(self, function: Callable[[Tensor, slice], Tensor], batch_size: int) -> Activations:
@@ -45,14 +104,6 @@ class Activations:
 def batches(count: int, size: int) -> list[slice]:
     """Slices of at most `size` that cover 0 .. count in order."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def home_of(shape: tuple[int, ...], dtype: torch.dtype, copies: int, device: torch.device) -> torch.device:
-    """Where `copies` tensors of activations should live: on the GPU if they fill at most half of what is free."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    need = copies * torch.Size(shape).numel() * dtype.itemsize
-    return device if need <= torch.cuda.mem_get_info(device)[0] // 2 else torch.device("cpu")
 
 
 @torch.no_grad()

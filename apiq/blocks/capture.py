@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apiq.blocks.activations import Activations, batches, home_of
+from apiq.blocks.activations import Activations, Home, batches
 from apiq.blocks.architecture import text_model
 from apiq.errors import ApiqError
 
@@ -50,13 +50,16 @@ class BlockCall:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, blocks: nn.ModuleList, windows: Tensor, device: torch.device, dtype: torch.dtype, copies: int
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    windows: Tensor,
+    dtype: torch.dtype,
+    home_of: Callable[[tuple[int, ...]], Home],
 ) -> tuple[Activations, list[BlockCall]]:
     """The input X of the first block for all `windows` (n, length), and the call of every block.
 
-    A window may be padded with PADDING. `copies` is how many such X the caller is going to hold at a
-    time; it decides where they live. Only what lies outside the blocks is computed, where the model
-    is; results go to `device`.
+    A window may be padded with PADDING. `home_of` tells where an X of a shape is to live. Only what
+    lies outside the blocks is computed, where the model is; the calls go to the device of the home.
 
     Raises:
         ApiqError: the model does something to the hidden states between two blocks.
@@ -65,9 +68,9 @@ def capture(
     place = next(p.device for p in base.parameters() if p.device.type != "meta")
     recorder = _Recorder(base, blocks, place, padded=bool((windows == PADDING).any()))
     hidden, calls = recorder.calls(windows)
-    moved = [BlockCall(*_each(call, lambda value: _moved(value, device))) for call in calls]
     shape = (len(windows), *hidden.shape[1:])
-    X = Activations.empty(shape, dtype, device, home_of(shape, dtype, copies, device))
+    X = Activations.empty(shape, dtype, home_of(shape))
+    moved = [BlockCall(*_each(call, lambda value: _moved(value, X.device))) for call in calls]
     for batch in batches(len(windows), 16):
         X[batch] = _hidden(*recorder.forward(windows[batch])[0])
     return X, moved

@@ -7,21 +7,26 @@ place, before. What a killed process left half-written carries a temporary name 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from apiq.blocks.activations import Activations, home_of
+from apiq.blocks.activations import Activations, Home, batches
 from apiq.errors import ApiqError
 from apiq.files import read_json, write_json
 
 STATE = "state.json"
+ROWS = 8
+"""Windows that are read or written at a time."""
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class BlockStore:
@@ -47,23 +52,21 @@ class BlockStore:
     def save_activations(self, index: int, X: Activations, Xq: Activations) -> None:
         """Write the inputs of block `index` in the full-precision and in the quantized model."""
         with replacing(self._activations(index)) as path:
-            save_file({"X": X.rows.cpu(), "Xq": Xq.rows.cpu()}, path)
+            write_rows(path, {"X": X, "Xq": Xq})
 
-    def activations(self, index: int, device: torch.device, copies: int) -> tuple[Activations, Activations]:
-        """Read what `save_activations` wrote.
+    def activations(self, index: int, home: Home) -> tuple[Activations, Activations]:
+        """Read what `save_activations` wrote to where it is to live.
 
         Raises:
             ApiqError: the file is damaged.
         """
         try:
-            tensors = load_file(self._activations(index))
+            with safe_open(self._activations(index), framework="pt") as file:
+                return _read_rows(file, "X", home), _read_rows(file, "Xq", home)
         except (SafetensorError, FileNotFoundError) as error:
             raise ApiqError(
                 f"the unfinished work in {self.folder} is damaged ({error}); delete it and start again."
             ) from None
-        X, Xq = tensors["X"], tensors["Xq"]
-        home = home_of(tuple(X.shape), X.dtype, copies, device)
-        return Activations(X.to(home), device), Activations(Xq.to(home), device)
 
     def finish(self, record: dict[str, Any], cpu_seconds: float) -> None:
         """Declare the next block finished, and drop the activations that it started from."""
@@ -76,12 +79,40 @@ class BlockStore:
         return self.folder / f"activations-{index:03d}.safetensors"
 
 
+def write_rows(path: Path, activations: Mapping[str, Activations]) -> None:
+    """Write activations as safetensors, a few windows at a time: there may not be memory for all of them."""
+    header, end = {}, 0
+    for name, value in activations.items():
+        start, end = end, end + value.rows.numel() * value.rows.dtype.itemsize
+        kind = _DTYPES[value.rows.dtype]
+        header[name] = {"dtype": kind, "shape": list(value.rows.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for value in activations.values():
+            for batch in batches(len(value), ROWS):
+                file.write(value.rows[batch].cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _read_rows(file: Any, name: str, home: Home) -> Activations:
+    stored = file.get_slice(name)
+    shape = tuple(stored.get_shape())
+    first = stored[:1]
+    result = Activations.empty(shape, first.dtype, home)
+    for batch in batches(len(result), ROWS):
+        result[batch] = stored[batch.start : batch.stop]
+    return result
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place when the block succeeds."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from apiq.adapters import lora
-from apiq.blocks.activations import Activations, mean_squared_error
+from apiq.blocks.activations import Activations, Home, choose_home, mean_squared_error
 from apiq.blocks.architecture import replace
 from apiq.blocks.capture import BlockCall, capture, counted
 from apiq.blocks.problem import Method, Problem, Solution
@@ -78,10 +78,13 @@ class Walk:
             return None, None, [BlockCall()] * count
         self.progress(Step("quantize", done, count, "embeddings"))
         with self.stream.embeddings(torch.device("cpu")) as model:
-            X, calls = capture(model, self.stream.blocks.modules, self.windows, self.device, self.compute, COPIES)
+            X, calls = capture(model, self.stream.blocks.modules, self.windows, self.compute, self._home)
         if 0 < done < count:
-            return *self.store.activations(done, self.device, COPIES), calls
+            return *self.store.activations(done, X.home), calls
         return X, X, calls
+
+    def _home(self, shape: tuple[int, ...]) -> Home:
+        return choose_home(self.params.activations, shape, self.compute, COPIES, self.device, self.store.folder)
 
     def _problem(
         self, block: nn.Module, index: int, call: BlockCall, X: Activations | None, Xq: Activations | None

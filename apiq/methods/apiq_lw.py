@@ -125,7 +125,7 @@ def _inputs(problem: Problem, hidden: Activations | None, linear: nn.Module, bat
             fed = caught.pop()
             if result is None:
                 shape = (len(hidden), *fed.shape[1:])
-                result = Activations.empty(shape, hidden.rows.dtype, hidden.device, hidden.rows.device)
+                result = Activations.empty(shape, hidden.rows.dtype, hidden.home)
             result[batch] = fed
     finally:
         hook.remove()

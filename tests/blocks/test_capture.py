@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from apiq.blocks.activations import Activations, batches, mean_squared_error
+from apiq.blocks.activations import Activations, Home, batches, mean_squared_error
 from apiq.blocks.architecture import KEPT, find_blocks, linears, replace, text_model
 from apiq.blocks.capture import PADDING, capture
 from apiq.blocks.unfuse import unfuse
@@ -14,6 +14,7 @@ from apiq.errors import ApiqError
 from tests.families.zoo import BLOCKS, WORDS, ZOO
 
 CPU = torch.device("cpu")
+HOME = Home("device", CPU)
 
 
 @pytest.fixture(params=ZOO)
@@ -30,7 +31,7 @@ def test_blocks_driven_one_by_one_equal_the_model_bit_for_bit(member, padded):
     windows = torch.randint(4, WORDS, (5, 24))
     if padded:
         windows[1, 20:] = windows[3, 10:] = PADDING
-    X, calls = capture(model, blocks.modules, windows, CPU, torch.float32, 5)
+    X, calls = capture(model, blocks.modules, windows, torch.float32, lambda shape: HOME)
     with torch.no_grad():
         mask = {"attention_mask": (windows != PADDING).long()} if padded else {}
         ids = windows.masked_fill(windows == PADDING, 0)
@@ -47,7 +48,7 @@ def test_unfused_blocks_hold_every_linear_and_compute_the_same_bits(member):
     model = getattr(transformers, member.head)(member.config).eval()
     blocks = find_blocks(model)
     windows = torch.randint(4, WORDS, (3, 16))
-    X, calls = capture(model, blocks.modules, windows, CPU, torch.float32, 5)
+    X, calls = capture(model, blocks.modules, windows, torch.float32, lambda shape: HOME)
     for block, call in zip(blocks.modules, calls, strict=True):
         matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
         before = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), 2)
@@ -71,14 +72,14 @@ def test_a_model_that_works_between_its_blocks_is_refused():
     blocks = nn.ModuleList(model.model.layers)
     model.model.layers[1] = Shifted()
     with pytest.raises(ApiqError, match="between its LlamaDecoderLayer blocks 0 and 1"):
-        capture(model, blocks, torch.randint(4, WORDS, (2, 8)), CPU, torch.float32, 5)
+        capture(model, blocks, torch.randint(4, WORDS, (2, 8)), torch.float32, lambda shape: HOME)
 
 
 def test_capture_leaves_the_model_as_it_was():
     model = AutoModelForCausalLM.from_config(ZOO["llama"].config).eval()
     windows = torch.randint(0, 61, (2, 8))
     before = model(windows).logits
-    capture(model, find_blocks(model).modules, windows, CPU, torch.float32, 5)
+    capture(model, find_blocks(model).modules, windows, torch.float32, lambda shape: HOME)
     assert torch.equal(model(windows).logits, before)
 
 
@@ -108,7 +109,7 @@ def test_batches_cover_everything_once():
 
 
 def test_activations_are_handed_out_and_taken_back():
-    rows = Activations.empty((4, 2, 3), torch.float32, CPU, CPU)
+    rows = Activations.empty((4, 2, 3), torch.float32, HOME)
     rows[slice(0, 4)] = torch.arange(24.0).reshape(4, 2, 3)
     doubled = rows.mapped(lambda x, batch: 2 * x, 3)
     assert torch.equal(doubled.rows, 2 * rows.rows)
@@ -116,7 +117,7 @@ def test_activations_are_handed_out_and_taken_back():
 
 
 def test_the_mean_squared_error_does_not_depend_on_the_batches():
-    targets = Activations(torch.randn(5, 2, 3), CPU)
+    targets = Activations(torch.randn(5, 2, 3), HOME)
     outputs = torch.randn(5, 2, 3)
     expected = torch.nn.functional.mse_loss(outputs.double(), targets.rows.double()).item()
     for size in (1, 2, 5):

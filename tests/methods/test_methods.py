@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apiq.blocks.activations import Activations
+from apiq.blocks.activations import Activations, Home
 from apiq.blocks.architecture import find_blocks, linears
 from apiq.blocks.capture import capture
 from apiq.blocks.problem import Problem
@@ -19,6 +19,7 @@ from apiq.methods.apiq_lw import input_order
 from apiq.params import QuantizeParams
 
 CPU = torch.device("cpu")
+HOME = Home("device", CPU)
 
 
 def settings(**values):
@@ -40,9 +41,9 @@ def problem(llama):
     model = copy.deepcopy(llama).requires_grad_(False)
     blocks = find_blocks(model)
     windows = torch.randint(0, 61, (6, 12), generator=torch.Generator().manual_seed(1))
-    X, calls = capture(model, blocks.modules, windows, CPU, torch.float32, 5)
+    X, calls = capture(model, blocks.modules, windows, torch.float32, lambda shape: HOME)
     noise = torch.randn(X.rows.shape, generator=torch.Generator().manual_seed(2))
-    Xq = Activations(X.rows + 0.05 * noise, CPU)
+    Xq = Activations(X.rows + 0.05 * noise, HOME)
     problem = Problem(1, blocks.modules[0], calls[0], X, Xq, None, None, 3, contextlib.nullcontext, lambda *_: None)
     problem.targets = X.mapped(problem.run, 2)
     return problem
