@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from apiq.errors import ApiqError
 
@@ -70,7 +74,8 @@ def write_text(path: str | Path, text: str) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place, and its old content's, when the block succeeds.
 
-    If the block raises, nothing is left of the neighbour and `path` is as it was.
+    If the block raises, nothing is left of the neighbour and `path` is as it was. Neighbours of
+    processes that were killed on this machine are removed.
 
     Raises:
         ApiqError: `path` is a file.
@@ -79,14 +84,19 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise ApiqError(f"{path} is a file; give a folder to write to.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    prefix = f".{path.name}.{platform.node()}-"
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
+        owner = stale.name.removeprefix(prefix).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}-"))
     try:
         os.chmod(temporary, 0o755)
         yield temporary
         for file in temporary.rglob("*"):
             os.chmod(file, 0o755 if file.is_dir() else 0o644)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}-old-"))
             os.replace(path, old / path.name)
             os.replace(temporary, path)
             shutil.rmtree(old)

@@ -30,7 +30,7 @@ from apiq.methods import build
 from apiq.models.manifest import SUFFIXES
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
-from apiq.work import code_version, fingerprint, work_folder
+from apiq.work import alone, code_version, fingerprint, work_folder
 
 
 def quantize(
@@ -58,35 +58,43 @@ def quantize(
     device = pick_device(params.device)
     compute = pick_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
-    blocks = original.stream.blocks
     names = _check_fit(original, windows, params, method.adapted)
     identity = _identity(original.folder, windows, params)
-    store = BlockStore(work_folder(identity))
-    count, spent = len(blocks.modules), store.cpu_seconds
-    walk = Walk(
-        original.stream, windows, method, params, device, compute, original.dtype, store, progress,
-        lambda: spent + meter.reading()["cpu_seconds"],
-    )  # fmt: skip
-    walk.run()
-    with new_folder(out) as folder:
-        for index in range(count):
-            shutil.copy2(store.folder / block_file(index), folder / block_file(index))
-        with original.stream.rest() as model:
-            write_rest(folder / REST, model, blocks.path, original.dtype)
-        write_index(folder, [*(block_file(index) for index in range(count)), REST], _shapes(store))
-        _write_config(original, folder, blocks.path, names, params)
-        if method.adapted:
-            task = "CAUSAL_LM" if original.stream.model.can_generate() else None
-            _write_adapters(store, folder, blocks.path, names, params, task)
-        metrics = _metrics(store, folder, params)
-        _write_losses(store, folder / "losses.csv")
-        write_json(folder / "metrics.json", metrics)
-        manifest.write(
-            folder, "quantized", method=params.method, parameters=_deciding(params), fingerprint=fingerprint(identity)
-        )
-    shutil.rmtree(store.folder)
+    with alone(work_folder(identity)) as work:
+        store = BlockStore(work)
+        spent = store.cpu_seconds
+        Walk(
+            original.stream, windows, method, params, device, compute, original.dtype, store, progress,
+            lambda: spent + meter.reading()["cpu_seconds"],
+        ).run()  # fmt: skip
+        with new_folder(out) as folder:
+            metrics = _write(folder, original, store, names, params, method.adapted)
+            facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
+            manifest.write(folder, "quantized", **facts)
+        shutil.rmtree(work)
     cost = meter.reading()
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
+
+
+def _write(
+    folder: Path, original: FullPrecision, store: BlockStore, names: list[str], params: QuantizeParams, adapted: bool
+) -> dict[str, Any]:
+    """Write the checkpoint of finished work to `folder`; its metrics."""
+    blocks = original.stream.blocks
+    files = [block_file(index) for index in range(len(blocks.modules))]
+    for file in files:
+        shutil.copy2(store.folder / file, folder / file)
+    with original.stream.rest() as model:
+        write_rest(folder / REST, model, blocks.path, original.dtype)
+    write_index(folder, [*files, REST], _shapes(store))
+    _write_config(original, folder, blocks.path, names, params)
+    if adapted:
+        task = "CAUSAL_LM" if original.stream.model.can_generate() else None
+        _write_adapters(store, folder, blocks.path, names, params, task)
+    metrics = _metrics(store, folder, params)
+    _write_losses(store, folder / "losses.csv")
+    write_json(folder / "metrics.json", metrics)
+    return metrics
 
 
 def _check_fit(original: FullPrecision, windows: Tensor | None, params: QuantizeParams, adapted: bool) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from apiq.errors import ApiqError
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -25,6 +30,26 @@ def work_folder(identity: Mapping[str, Any]) -> Path:
     folder = root / fingerprint(identity)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[Path]:
+    """Hold the unfinished work in `folder` for the block; the lock goes with the process, however it ends.
+
+    Raises:
+        ApiqError: another process is at work there.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ApiqError(
+            f"another process is doing this very work in {folder}; wait for it, or end it and start again."
+        ) from None
+    try:
+        yield folder
+    finally:
+        lock.release()
 
 
 def code_version() -> str:

@@ -76,5 +76,5 @@ def test_damaged_activations_are_refused_with_the_way_out(tmp_path):
     store.save_activations(1, rows, rows)
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ApiqError, match="is damaged .* delete it and start again"):
+    with pytest.raises(ApiqError, match=r"is damaged .* delete it and start again"):
         store.activations(1, Home("device", CPU))

@@ -1,0 +1,58 @@
+"""Quantization in a process of its own, and the killing of it."""
+
+import os
+import signal
+import time
+
+import torch
+
+from apiq.files import new_folder
+from apiq.params import QuantizeParams
+from apiq.quantization import quantize
+from apiq.work import alone
+
+
+def settings():
+    return QuantizeParams(bits=2, group_size=32, rank=4, epochs=3, lr_adapter=0.01, device="cpu")
+
+
+def run(model, windows, out, work):
+    torch.set_num_threads(1)
+    os.environ["APIQ_WORK"] = str(work)
+    quantize(model, torch.tensor(windows), settings(), out)
+
+
+def start(processes, model, windows, out, work):
+    process = processes.Process(target=run, args=(model, windows.tolist(), out, work))
+    process.start()
+    return process
+
+
+def until_done(processes, model, windows, out, work, most, within, chance):
+    """Quantize, killing the process after a random share of `within` seconds `most` times at most; how often it was."""
+    for done in range(most):
+        process = start(processes, model, windows, out, work)
+        process.join(chance.uniform(0.1, 0.9) * within)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return done
+        assert process.exitcode == -signal.SIGKILL
+    process = start(processes, model, windows, out, work)
+    process.join(60)
+    assert process.exitcode == 0
+    return most
+
+
+def hold(folder):
+    """Hold the work in `folder` until killed."""
+    with alone(folder):
+        (folder / "held").touch()
+        time.sleep(600)
+
+
+def write_for_ever(out):
+    """Begin to write the folder `out` and never end."""
+    with new_folder(out) as folder:
+        (folder / "half").touch()
+        time.sleep(600)

@@ -1,0 +1,80 @@
+"""A process that is killed, at any moment, costs time and nothing else."""
+
+import multiprocessing
+import random
+import signal
+import time
+
+import pytest
+
+from apiq.errors import ApiqError
+from apiq.files import new_folder, sha256_folder
+from apiq.work import alone
+from tests.checkpoint import kills
+
+MODULES = [
+    "apiq.quantization",
+    "transformers.models.llama.modeling_llama",
+    "peft.tuners.lora",
+    "tests.checkpoint.kills",
+]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start with everything imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "peft.tuners.lora", kills.__name__])
+    first = context.Process(target=time.sleep, args=(0,))
+    first.start()
+    first.join(60)  # what comes after it does not wait for imports
+    return context
+
+
+def test_killed_five_times_the_folder_has_the_same_bytes(original, windows, tmp_path, processes):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    begun = time.monotonic()
+    process = kills.start(processes, original, windows, whole, tmp_path / "work-1")
+    process.join(60)
+    seconds = time.monotonic() - begun
+    killed = kills.until_done(
+        processes, original, windows, again, tmp_path / "work-2", most=5, within=seconds, chance=random.Random(0)
+    )
+    assert process.exitcode == 0 and killed > 0
+    assert sha256_folder(again) == sha256_folder(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "whole", "work-1", "work-2"]
+    assert not list((tmp_path / "work-2").iterdir())
+
+
+def test_two_processes_do_not_do_the_same_work(tmp_path, processes):
+    holder = processes.Process(target=kills.hold, args=(tmp_path,))
+    holder.start()
+    try:
+        _wait_for(lambda: (tmp_path / "held").exists())
+        with pytest.raises(ApiqError, match="another process is doing this very work"), alone(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.join()
+    assert holder.exitcode == -signal.SIGKILL
+    with alone(tmp_path):  # the lock went with the process
+        pass
+
+
+def test_the_half_written_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, processes):
+    writer = processes.Process(target=kills.write_for_ever, args=(tmp_path / "out",))
+    writer.start()
+    _wait_for(lambda: list(tmp_path.glob(".out.*/half")))
+    writer.kill()
+    writer.join()
+    assert len(list(tmp_path.glob(".out.*"))) == 1
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
