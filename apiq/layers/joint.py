@@ -118,11 +118,11 @@ class _Member:
             return None, None
         layer = self.folded.layer
         name = layer.active_adapters[0]
-        return layer.lora_A[name].weight, layer.lora_B[name].weight
+        return layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[return-value]
 
     @property
     def scaling(self) -> float:
-        """c = alpha / r; 1 without LoRA."""
+        """C = alpha / r; 1 without LoRA."""
         return 1.0 if self.folded is None else self.folded.layer.scaling[self.folded.layer.active_adapters[0]]
 
 
@@ -203,7 +203,9 @@ class _JointWeights(torch.autograd.Function):
         for_s = sweeps.scale_gradient(G, joint.W, s[:, None], z[:, None], joint.grid.top, joint.width)
         both = clipped_gradient(for_s.flatten(), gamma, beta, joint.low, joint.high, joint.grid)
         for_ranges = [
-            part.view(out, -1) for each in both for part, (out, _) in zip(each.split(joint.counts), joint.shapes, strict=True)
+            part.view(out, -1)
+            for each in both
+            for part, (out, _) in zip(each.split(joint.counts), joint.shapes, strict=True)
         ]
         for_adapters: list[Tensor | None] = []
         for grad, A, B, c in zip(grads, adapters[::2], adapters[1::2], joint.scaling, strict=True):
