@@ -116,7 +116,17 @@ class QuantizeParams(Section):
     epochs: Annotated[int, Field(ge=0)] = 20
     """Passes over the calibration windows for each block (or layer)."""
     batch_size: Positive = 1
-    """Windows in a step."""
+    """Windows in a step. The learning rates are used as they are and were chosen for steps of 1 window; for b windows
+    multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287)."""
+    shuffle: bool = False
+    """Take the windows in another random order in every pass; Table A.1 keeps one order."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rates stay, as in Table A.1, or fall to 0 along a cosine over the steps of a block."""
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the windows, the last ones, that is not trained on; the state with the lowest loss on them is kept.
+    0: all are trained on, and the last state is kept."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Passes without a lower loss on the held-out windows after which a block is done; 0: never. Needs held_out."""
     lr_theta: Rate = 0.005
     """Learning rate of the clipping factors gamma and beta."""
     decay_theta: Decay = 0.1
@@ -141,6 +151,7 @@ class QuantizeParams(Section):
     @model_validator(mode="after")
     def _combinations(self) -> QuantizeParams:
         require(not (self.symmetric and self.bits == 1), "bits", self.bits, "at least 2 when symmetric is true")
+        require(not self.patience or self.held_out > 0, "patience", self.patience, "0 when held_out is 0")
         return self
 
 

@@ -13,6 +13,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from apiq.memory import in_parts
+
+Batch = slice | Tensor
+"""Some of the windows: consecutive ones, or those with these numbers."""
+TOKENS = 2**12
+"""Tokens in a forward pass without gradients: enough to keep a GPU busy, little enough for the caches of a CPU."""
+
 
 @dataclass(frozen=True)
 class Home:
@@ -82,8 +89,9 @@ class Activations:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    def __getitem__(self, batch: slice) -> Tensor:
-        return self.rows[batch].to(self.device, non_blocking=True)
+    def __getitem__(self, batch: Batch) -> Tensor:
+        chosen = batch if isinstance(batch, slice) else batch.to(self.rows.device)
+        return self.rows[chosen].to(self.device, non_blocking=True)
 
     def __setitem__(self, batch: slice, value: Tensor) -> None:
         self.rows[batch].copy_(value.detach(), non_blocking=False)
@@ -93,11 +101,18 @@ class Activations:
         return Activations.empty(tuple(self.rows.shape), self.rows.dtype, self.home)
 
     @torch.no_grad()
-    def mapped(self, function: Callable[[Tensor, slice], Tensor], batch_size: int) -> Activations:
-        """What `function` makes of each batch and the windows that it holds; it must keep the shape."""
+    def mapped(self, function: Callable[[Tensor, slice], Tensor], batch_size: int = 1) -> Activations:
+        """What `function` makes of the windows, `batch_size` or more at a time; it must keep the shape.
+
+        Raises:
+            ApiqError: not even one window at a time fits into memory.
+        """
         result = self.like()
-        for batch in batches(len(self), batch_size):
+
+        def fill(batch: slice) -> None:
             result[batch] = function(self[batch], batch)
+
+        in_parts(len(self), at_once(self, batch_size), fill, "a forward pass of a block")
         return result
 
 
@@ -106,19 +121,27 @@ def batches(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def at_once(activations: Activations, batch_size: int = 1) -> int:
+    """Windows in a forward pass without gradients: at least those of a step."""
+    return max(TOKENS // activations.rows.shape[1], batch_size, 1)
+
+
 @torch.no_grad()
 def mean_squared_error(
-    outputs: Callable[[slice], Tensor], targets: Activations, batch_size: int, counted: Tensor | None = None
+    outputs: Callable[[slice], Tensor], targets: Activations, batch_size: int = 1, counted: Tensor | None = None
 ) -> float:
-    """Mean over all entries of (outputs - targets)^2, added in float64 on the device, batch by batch.
+    """Mean over all entries of (outputs - targets)^2, added in float64 on the device, `batch_size` or more at a time.
 
     `counted` (windows, length) leaves out the positions where it is False.
     """
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
-    for batch in batches(len(targets), batch_size):
+
+    def add(batch: slice) -> None:
         square = (outputs(batch).float() - targets[batch].float()).square()
         if counted is not None:
             square = square * counted[batch].unsqueeze(-1)
-        total += square.sum(dtype=torch.float64)
+        total.add_(square.sum(dtype=torch.float64))
+
+    in_parts(len(targets), at_once(targets, batch_size), add, "a forward pass of a block")
     entries = targets.rows.numel() if counted is None else int(counted.sum()) * targets.rows.shape[-1]
     return float(total) / max(entries, 1)

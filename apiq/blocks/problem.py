@@ -9,8 +9,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from apiq.blocks.activations import Activations, mean_squared_error
+from apiq.blocks.activations import Activations, Batch, mean_squared_error
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.layers.packed import PackedLinear
@@ -45,21 +46,35 @@ class Problem:
         """The linears of the block by name."""
         return linears(self.block)
 
-    def run(self, hidden: Tensor, batch: slice) -> Tensor:
+    def run(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The output of the block for `hidden` (batch, length, width), the windows of `batch`, in float32."""
         with self.autocast():
             return self.call.run(self.block, hidden, batch).float()
 
-    def distance(self, output: Tensor, target: Tensor, batch: slice) -> Tensor:
+    def distance(self, output: Tensor, target: Tensor, batch: Batch) -> Tensor:
         """Mean over the entries of all counted positions of (output - target)^2, for (batch, length, ...)."""
-        square = (output - target.float()).square()
         if self.counted is None:
-            return square.mean()
+            return F.mse_loss(output, target.float())
+        square = (output - target.float()).square()
         weight = self.counted[batch].unsqueeze(-1).to(square.dtype)
         return (square * weight).sum() / (weight.sum() * square.shape[-1]).clamp(min=1)
 
+    def weight(self, batch: Batch) -> float:
+        """How much the mean over the windows of `batch` counts beside that over others: their counted positions."""
+        if self.counted is not None:
+            return float(self.counted[batch].sum())
+        return batch.stop - batch.start if isinstance(batch, slice) else len(batch)
+
+    def loss_scale(self, entries: int) -> float:
+        """What to multiply the mean over `entries` by before the backward pass: their number in float16, else 1."""
+        assert self.Xq is not None
+        kind = self.Xq.device.type
+        with self.autocast():
+            low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return float(entries) if low else 1.0
+
     @torch.no_grad()
-    def error(self, batch_size: int) -> float:
+    def error(self, batch_size: int = 1) -> float:
         """Mean squared error of the block as it stands: F(Xq) against the targets."""
         assert self.Xq is not None and self.targets is not None
         inputs = self.Xq

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from apiq.grids import sweeps
+
 SCALE_DTYPE = torch.float16
 """Scales are stored, and therefore trained, in this precision."""
 SMALLEST_SCALE = 2.0**-24
@@ -84,6 +86,33 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     return s, (-low / s).detach().round().clamp(0, grid.top)
 
 
+def clipped(gamma: Tensor, beta: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of the range sigmoid(beta) low .. sigmoid(gamma) high (section 4.3), all of one shape."""
+    return scale_and_zero(torch.sigmoid(beta) * low, torch.sigmoid(gamma) * high, grid)
+
+
+def clipped_gradient(
+    for_s: Tensor, gamma: Tensor, beta: Tensor, low: Tensor, high: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gamma and beta from that of s = `clipped(...)[0]`, all of one shape.
+
+    With a bound sigmoid(factor) extremum, ds/dfactor = ds/dbound bound (1 - sigmoid(factor)).
+    """
+    upper, lower = torch.sigmoid(gamma), torch.sigmoid(beta)
+    top, bottom = upper * high, lower * low
+    if grid.symmetric:
+        for_reach = _within(2 * torch.maximum(top, -bottom) / grid.top, for_s).mul_(2 / grid.top)
+        share = (top + bottom).sign_().add_(1).div_(2)  # the larger bound has it all, in a tie each half
+        return for_reach * share * top * (1 - upper), for_reach * (share - 1) * bottom * (1 - lower)
+    for_span = _within((top - bottom) / grid.top, for_s).div_(grid.top)
+    return for_span * top * (1 - upper), for_span * bottom * (lower - 1)
+
+
+def _within(s: Tensor, grad: Tensor) -> Tensor:
+    """The gradient `grad` where s can be stored, 0 where it is clamped."""
+    return grad * ((s >= SMALLEST_SCALE) & (s <= torch.finfo(SCALE_DTYPE).max))
+
+
 def _storable(s: Tensor) -> Tensor:
     s = s.clamp(SMALLEST_SCALE, torch.finfo(SCALE_DTYPE).max)
     return s + (s.detach().to(SCALE_DTYPE).to(s.dtype) - s.detach())
@@ -102,12 +131,12 @@ def decode(codes: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
 
 
 def fake_quantize(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
-    """Q = decode(encode(W)), (out, in), with gradients for s and W through the rounding.
+    """Q = decode(encode(W)), (out, in), float32, with gradients for s and W through the rounding.
 
     Straight-through (Bengio et al., arXiv 1308.3432): inside the range dQ/ds = round(W/s) - W/s and
     dQ/dW = 1; where the code is clamped dQ/ds = codes - z and dQ/dW = 0.
     """
-    return ungrouped(_FakeQuantize.apply(grouped(W, grid), s, z, grid), W.shape[1])
+    return _FakeQuantize.apply(W, s, z, grid)
 
 
 def _codes(groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
@@ -115,20 +144,20 @@ def _codes(groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Fake quantization of groups (out, G, g) that keeps nothing of the size of W for the backward pass."""
+    """Fake quantization that keeps nothing of the size of W for the backward pass but W itself."""
 
     @staticmethod
-    def forward(ctx, groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
-        ctx.save_for_backward(groups, s, z)
+    def forward(ctx, W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(W, s, z)
         ctx.grid = grid
-        return _codes(groups, s, z, grid).sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1))
+        return sweeps.dequantized(W, s, z, grid.top, grid.width(W.shape[1]), torch.float32)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        groups, s, z = ctx.saved_tensors
-        ratio = groups / s.unsqueeze(-1)
-        free = ratio.round().add_(z.unsqueeze(-1))
-        codes = free.clamp(0, ctx.grid.top)
-        inside = codes == free
-        per_scale = codes.sub_(z.unsqueeze(-1)).sub_(ratio.mul_(inside)).mul_(grad).sum(-1)
-        return grad * inside if ctx.needs_input_grad[0] else None, per_scale, None, None
+        W, s, z = ctx.saved_tensors
+        top, width = ctx.grid.top, ctx.grid.width(W.shape[1])
+        for_weight = None
+        if ctx.needs_input_grad[0]:
+            free = (grouped(W, ctx.grid) / s.unsqueeze(-1)).round_().add_(z.unsqueeze(-1))
+            for_weight = grad * ungrouped(free == free.clamp(0, top), W.shape[1])
+        return for_weight, sweeps.scale_gradient(grad, W, s, z, top, width), None, None

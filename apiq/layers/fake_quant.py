@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq.grids.affine import Grid, encode, extrema, fake_quantize, scale_and_zero
+from apiq.grids.affine import Grid, clipped, encode, extrema, fake_quantize
 from apiq.layers.packed import PackedLinear
+from apiq.layers.product import product
 
 START = 4.0
 """gamma and beta at the start: sigmoid(4) = 0.982, nearly no clipping (section 4.3)."""
@@ -36,20 +37,25 @@ class FakeQuantLinear(nn.Linear):
         self.gamma = nn.Parameter(torch.full_like(high, START))
         self.beta = nn.Parameter(torch.full_like(low, START))
         self.bias = linear.bias
+        self.joint: Tensor | None = None  # Q, while `apiq.layers.joint` makes it for a whole block
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the present clipping range, each (out, G), float32."""
-        return scale_and_zero(torch.sigmoid(self.beta) * self.low, torch.sigmoid(self.gamma) * self.high, self.grid)
+        return clipped(self.gamma, self.beta, self.low, self.high, self.grid)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Q (out, in), differentiable in gamma and beta, in the dtype of W."""
+        if self.joint is not None:
+            return self.joint
         s, z = self.scale_and_zero()
-        return fake_quantize(self.full_weight.float(), s, z, self.grid).to(self.full_weight.dtype)
+        return fake_quantize(self.full_weight, s, z, self.grid).to(self.full_weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """X Q^T + bias, for X (..., in)."""
-        return F.linear(input, self.weight, self.bias)
+        if self.joint is not None:
+            return F.linear(input, self.joint, self.bias)
+        return product(input, self.full_weight, *self.scale_and_zero(), self.grid, self.bias)
 
     @torch.no_grad()
     def packed(self) -> PackedLinear:

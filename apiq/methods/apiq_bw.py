@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apiq.blocks.activations import batches
-from apiq.blocks.problem import Curve, Problem, Solution
-from apiq.methods.descent import descend
+from apiq.blocks.activations import Batch
+from apiq.blocks.problem import Problem, Solution
+from apiq.layers.joint import jointly
+from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import groups, solution, wrap
 from apiq.params import QuantizeParams
 
@@ -37,19 +38,20 @@ class ApiqBlockwise:
         fakes = wrap(problem, params)
         first = problem.error(params.batch_size)
 
-        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
             error = problem.distance(output, targets[batch], batch)
             if not params.second_term:
                 return error, error
             return error + problem.distance(output, own[batch], batch), error
 
-        losses = descend(
-            groups(problem.block, list(fakes.values()), params),
-            loss_of,
-            batches(len(Xq), params.batch_size),
-            params.epochs,
-            lambda epoch, loss: problem.report(epoch / params.epochs, loss, f"epoch {epoch}/{params.epochs}"),
-            f"block {problem.index}",
-        )
-        return solution(problem, fakes, [Curve("block", [first, *losses])], first)
+        def report(epoch: int, loss: float) -> None:
+            problem.report(epoch / params.epochs, loss, f"epoch {epoch}/{params.epochs}")
+
+        scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
+        where = f"block {problem.index}"
+        objective = Objective(loss_of, len(Xq), where, problem.weight, problem.block, scale)
+        trained = groups(problem.block, list(fakes.values()), params)
+        with jointly(problem.block):
+            trace = descend(trained, objective, params, problem.seed, report)
+        return solution(problem, fakes, trace.curves("block", first), first)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apiq.blocks.activations import Activations, batches
+from apiq.blocks.activations import Activations, Batch, at_once, batches
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.fake_quant import FakeQuantLinear
-from apiq.methods.descent import descend
+from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import groups, solution, wrap
 from apiq.params import QuantizeParams
 
@@ -38,22 +38,23 @@ class ApiqLayerwise:
         fakes = wrap(problem, self.params)
         adapted = {name: problem.block.get_submodule(name) for name in originals}
         start = problem.error(self.params.batch_size)
-        curves = []
+        curves: list[Curve] = []
+        number = 0
         for names in order:
             _place(problem.block, originals)
             X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
             _place(problem.block, adapted)
             Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
             for name in names:
-                linear = _Linear(name, len(curves), len(originals), originals[name], adapted[name], fakes[name])
-                curves.append(self._fit(problem, linear, X, Xq))
+                linear = _Linear(name, number, len(originals), originals[name], adapted[name], fakes[name])
+                number += 1
+                curves += self._fit(problem, linear, X, Xq)
         return solution(problem, fakes, curves, start)
 
-    def _fit(self, problem: Problem, linear: _Linear, X: Activations, Xq: Activations) -> Curve:
+    def _fit(self, problem: Problem, linear: _Linear, X: Activations, Xq: Activations) -> list[Curve]:
         params = self.params
-        spans = batches(len(Xq), params.batch_size)
 
-        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             with problem.autocast():
                 with torch.no_grad():
                     Y = linear.original(X[batch])
@@ -66,11 +67,13 @@ class ApiqLayerwise:
             problem.report(share, loss, f"{linear.name} epoch {epoch}/{params.epochs}")
 
         with torch.no_grad():
+            spans = batches(len(Xq), at_once(Xq, params.batch_size))
             first = sum(float(loss_of(span)[0]) * (span.stop - span.start) for span in spans) / len(Xq)
+        scale = problem.loss_scale(Xq.rows.shape[1] * linear.fake.out_features * params.batch_size)
         where = f"linear {linear.name} of block {problem.index}"
+        objective = Objective(loss_of, len(Xq), where, problem.weight, linear.adapted, scale)
         trained = groups(linear.adapted, [linear.fake], params)
-        losses = descend(trained, loss_of, spans, params.epochs, report, where)
-        return Curve(linear.name, [first, *losses])
+        return descend(trained, objective, params, problem.seed, report).curves(linear.name, first)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def _inputs(problem: Problem, hidden: Activations | None, linear: nn.Module, bat
     hook = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
     result: Activations | None = None
     try:
-        for batch in batches(len(hidden), batch_size):
+        for batch in batches(len(hidden), at_once(hidden, batch_size)):
             problem.run(hidden[batch], batch)
             fed = caught.pop()
             if result is None:

@@ -1,91 +1,210 @@
-"""AdamW on a few parameter groups over batches in a fixed order, with a guard against numbers that are not finite."""
+"""AdamW over batches of calibration windows, with a guard against numbers that are not finite.
+
+The defaults are Table A.1 of the paper: constant rates, fixed order, no warm-up, the state of the last step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from apiq.blocks.activations import Batch
+from apiq.blocks.problem import Curve
 from apiq.errors import ApiqError
+from apiq.memory import halved
+from apiq.methods.flat import Group, Optimizer
+from apiq.params import QuantizeParams
 
 RETRIES = 5
 """Times that an epoch is tried again, each time at half the rate, before giving up."""
 
 
 @dataclass
-class Group:
-    """Parameters that share a learning rate and a weight decay."""
+class Objective:
+    """What is to be minimised over which windows."""
 
-    parameters: list[nn.Parameter]
-    lr: float
-    decay: float
+    loss_of: Callable[[Batch], tuple[Tensor, Tensor]]
+    """The loss of some windows, and the one to show: means over what counts in them."""
+    windows: int
+    where: str
+    """Its name in messages, as in `block 3`."""
+    weight_of: Callable[[Batch], float] = lambda batch: _length(batch)
+    """How much counts in some windows: the share of a part of a batch in its loss."""
+    module: nn.Module | None = None
+    """Where the parameters are, for their names."""
+    scale: float = 1.0
+    """Factor on the loss in the backward pass, which keeps the gradients of float16 from vanishing."""
+
+
+@dataclass
+class Trace:
+    """Losses of a descent."""
+
+    losses: list[float] = field(default_factory=list)
+    """Mean of what is shown over the steps of each epoch."""
+    held_out: list[float] = field(default_factory=list)
+    """Loss on the windows set aside, before the first epoch and after each; empty without them."""
+
+    def curves(self, name: str, first: float) -> list[Curve]:
+        """As curves, of what is shown from `first` on and of the windows set aside."""
+        curves = [Curve(name, [first, *self.losses])]
+        return [*curves, Curve(f"{name} held out", self.held_out)] if self.held_out else curves
 
 
 def descend(
     groups: Iterable[Group],
-    loss_of: Callable[[slice], tuple[Tensor, Tensor]],
-    batches: list[slice],
-    epochs: int,
+    objective: Objective,
+    params: QuantizeParams,
+    seed: int,
     report: Callable[[int, float], None],
-    where: str,
-) -> list[float]:
-    """Minimise the mean of `loss_of(batch)[0]`; return the mean of `loss_of(batch)[1]` over each epoch.
+) -> Trace:
+    """Minimise the objective by `params.epochs` passes over its windows.
 
-    Constant rates, betas 0.9 and 0.999, no warm-up, no shuffling (Table A.1). The loss stays on the
-    device within an epoch. An epoch with a loss or a parameter that is not finite is taken back and
-    run again at half the rate.
+    The loss stays on the device within an epoch. An epoch with a loss or a parameter that is not finite is taken
+    back and run again at half the rate. With `held_out` the best state by the loss on these windows is
+    left, otherwise the last. A batch that does not fit into memory is divided, its gradients added.
 
     Raises:
-        ApiqError: the loss was not finite even at 1/2^RETRIES of the rate; names `where`.
+        ApiqError: the loss was not finite even at 1/2^RETRIES of the rate, or one window does not fit into memory.
     """
-    groups = [group for group in groups if group.parameters]
-    parameters = [parameter for group in groups for parameter in group.parameters]
-    factor, means = 1.0, []
-    optimizer = _adamw(groups)
-    for epoch in range(epochs):
-        good = [parameter.detach().clone() for parameter in parameters]
-        state = _copy_state(optimizer)
-        while True:
-            mean = _epoch(optimizer, loss_of, batches)
-            if mean == mean and abs(mean) != float("inf") and all(bool(p.isfinite().all()) for p in parameters):
+    optimizer = Optimizer(groups)
+    try:
+        return _Descent(optimizer, objective, params, seed).run(report)
+    finally:
+        optimizer.release()
+
+
+class _Descent:
+    def __init__(self, optimizer: Optimizer, objective: Objective, params: QuantizeParams, seed: int):
+        self.optimizer, self.objective, self.params = optimizer, objective, params
+        aside = math.ceil(params.held_out * objective.windows) if objective.windows > 1 else 0
+        self.trained = objective.windows - aside
+        self.part = params.batch_size  # windows in memory at a time
+        self.factor = 1.0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def run(self, report: Callable[[int, float], None]) -> Trace:
+        trace = Trace()
+        aside = self.trained < self.objective.windows
+        best = self.optimizer.values() if aside else []
+        if aside:
+            trace.held_out.append(self._held_out())
+        for epoch in range(self.params.epochs):
+            trace.losses.append(self._guarded(epoch))
+            report(epoch + 1, trace.losses[-1])
+            if not aside:
+                continue
+            trace.held_out.append(self._held_out())
+            gained = trace.held_out.index(min(trace.held_out))
+            if gained == epoch + 1:
+                best = self.optimizer.values()
+            if 0 < self.params.patience <= epoch + 1 - gained:
                 break
-            with torch.no_grad():
-                for parameter, value in zip(parameters, good, strict=True):
-                    parameter.copy_(value)
-            factor /= 2
-            if factor < 2.0**-RETRIES:
+        if aside:
+            self.optimizer.put(best)
+        return trace
+
+    def _guarded(self, epoch: int) -> float:
+        """Run one epoch, again at a lower rate while a number is not finite; the mean loss."""
+        batches = list(self._batches())
+        saved = self.optimizer.saved()
+        while True:
+            losses = torch.stack([self._step(epoch, number, batches) for number in range(len(batches))])
+            sound = losses.isfinite()
+            if bool(sound.all() & self.optimizer.finite()):
+                return float(losses.mean())
+            bad = len(batches) - 1 if bool(sound.all()) else int((~sound).int().argmax())
+            culprit = self._culprit(epoch, bad, batches, saved)
+            self.factor /= 2
+            if self.factor < 2.0**-RETRIES:
                 raise ApiqError(
-                    f"the loss of {where} is not finite in epoch {epoch + 1}, even at 1/{2**RETRIES} of the learning "
-                    "rates: lower quantize.lr_theta and quantize.lr_adapter, or set quantize.dtype to float32."
+                    f"the loss of {self.objective.where} is not finite in epoch {epoch + 1}, step {bad + 1}{culprit}, "
+                    f"even at 1/{2**RETRIES} of the learning rates: lower quantize.lr_theta and quantize.lr_adapter, "
+                    "or set quantize.dtype to float32."
                 )
-            optimizer = _adamw(groups, factor)
-            optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-        means.append(mean)
-        report(epoch + 1, mean)
-    return means
+            self.objective.scale = max(self.objective.scale / 16, 1.0)
+
+    def _culprit(self, epoch: int, bad: int, batches: list[Batch], saved: tuple[list[Tensor], dict]) -> str:
+        """Take the epoch back to its start; say which parameter is the first to be unsound in the step `bad`."""
+        self.optimizer.restore(saved)
+        for number in range(bad):
+            self._step(epoch, number, batches)
+        self._backward(batches[bad])
+        unsound = [parameter for group in self.optimizer.groups for parameter in group.unsound()]
+        self.optimizer.restore(saved)
+        names = {id(p): name for name, p in self.objective.module.named_parameters()} if self.objective.module else {}
+        known = [names[id(parameter)] for parameter in unsound if id(parameter) in names]
+        return f", parameter {known[0]}" if known else ""
+
+    def _step(self, epoch: int, number: int, batches: list[Batch]) -> Tensor:
+        """One step of the optimizer; the loss to be shown, on the device."""
+        shown = self._backward(batches[number])
+        share = self.factor
+        if self.params.schedule == "cosine":
+            done = (epoch * len(batches) + number) / (self.params.epochs * len(batches))
+            share *= (1 + math.cos(math.pi * done)) / 2
+        self.optimizer.step(share, 1 / self.objective.scale)
+        return shown
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Leave the gradients of the loss of `batch`; where it does not fit into memory, add those of its parts."""
+        while True:
+            self.optimizer.zero()
+            try:
+                return self._added(batch)
+            except torch.OutOfMemoryError:
+                pass  # what was allocated is held by the traceback until here
+            self.part = halved(min(self.part, _length(batch)), f"a step of {self.objective.where}")
+
+    def _added(self, batch: Batch) -> Tensor:
+        if self.part >= _length(batch):
+            return self._differentiated(batch, 1.0)
+        whole = self.objective.weight_of(batch)
+        parts = _parts(batch, self.part)
+        shares = [self.objective.weight_of(part) / max(whole, 1) for part in parts]
+        return torch.stack([self._differentiated(part, share) for part, share in zip(parts, shares, strict=True)]).sum()
+
+    def _differentiated(self, batch: Batch, share: float) -> Tensor:
+        loss, shown = self.objective.loss_of(batch)
+        factor = share * self.objective.scale
+        (loss if factor == 1.0 else loss * factor).backward()
+        return shown.detach() if share == 1.0 else shown.detach() * share
+
+    @torch.no_grad()
+    def _held_out(self) -> float:
+        """The mean loss on the windows set aside."""
+        total = weight = 0.0
+        size = self.params.batch_size
+        for start in range(self.trained, self.objective.windows, size):
+            batch = slice(start, min(start + size, self.objective.windows))
+            share = self.objective.weight_of(batch)
+            total, weight = total + self.objective.loss_of(batch)[0] * share, weight + share
+        mean = float(total) / max(weight, 1.0)
+        return mean if math.isfinite(mean) else math.inf
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of one epoch, in fixed order or shuffled."""
+        size = self.params.batch_size
+        order = torch.randperm(self.trained, generator=self.generator) if self.params.shuffle else None
+        for start in range(0, self.trained, size):
+            stop = min(start + size, self.trained)
+            if order is None:
+                yield slice(start, stop)
+            elif size == 1:
+                yield slice(int(order[start]), int(order[start]) + 1)
+            else:
+                yield order[start:stop]
 
 
-def _adamw(groups: list[Group], factor: float = 1.0) -> torch.optim.AdamW:
-    settings = [{"params": g.parameters, "lr": g.lr * factor, "weight_decay": g.decay} for g in groups]
-    return torch.optim.AdamW(settings, betas=(0.9, 0.999), eps=1e-8, fused=True)
+def _length(batch: Batch) -> int:
+    return batch.stop - batch.start if isinstance(batch, slice) else len(batch)
 
 
-def _copy_state(optimizer: torch.optim.Optimizer) -> dict:
-    state = optimizer.state_dict()
-    copied = {key: {name: value.clone() for name, value in entry.items()} for key, entry in state["state"].items()}
-    return {**state, "state": copied}
-
-
-def _epoch(
-    optimizer: torch.optim.Optimizer, loss_of: Callable[[slice], tuple[Tensor, Tensor]], batches: list[slice]
-) -> float:
-    total = None
-    for batch in batches:
-        optimizer.zero_grad(set_to_none=True)
-        loss, shown = loss_of(batch)
-        loss.backward()
-        optimizer.step()
-        total = shown.detach() if total is None else total + shown.detach()
-    return float("nan") if total is None else float(total) / len(batches)
+def _parts(batch: Batch, size: int) -> list[Batch]:
+    if isinstance(batch, slice):
+        return [slice(start, min(start + size, batch.stop)) for start in range(batch.start, batch.stop, size)]
+    return list(batch.split(size))

@@ -9,7 +9,7 @@ from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.affine import Grid
 from apiq.layers.fake_quant import FakeQuantLinear
-from apiq.methods.descent import Group
+from apiq.methods.flat import Group
 from apiq.params import QuantizeParams
 
 
