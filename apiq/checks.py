@@ -42,10 +42,11 @@ def check(params: Params, config: Config | None) -> None:
     check_finetune(params.finetune, config)
     check_evaluate(params.evaluate, config)
     check_apart(params.calibration, params.evaluate)
-    if params.quantize.method == "rtn":
+    if not params.quantize.adapted:
+        method = params.quantize.method
         raise ApiqError(
-            "quantize.method is rtn, which leaves no adapters to finetune; the pipeline takes apiq-bw or apiq-lw, "
-            "and `apiq quantize --method rtn` rounds without it."
+            f"quantize.method is {method}, which leaves no adapters to finetune; the pipeline takes a method with "
+            f"adapters, such as apiq-bw, and `apiq quantize --method {method}` quantizes without it."
         )
 
 
@@ -106,7 +107,7 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
     if config is None:
         return
     sides = _sides(config)
-    if sides and quantize.method != "rtn":
+    if sides and quantize.adapted:
         name, smallest = min(sides.items(), key=lambda side: side[1])
         if quantize.rank > smallest:
             allowed = f"at most {smallest}, the smallest side of a linear ({name})"

@@ -80,7 +80,7 @@ def quantize(
     params = parameters(given, settings)
     with _working("quantize") as progress:
         folder = locate(model)
-        needed = params.quantize.method != "rtn" or calibration is not None
+        needed = params.quantize.calibrated or calibration is not None
         tokens = _calibration_windows(folder, params) if needed else None
         import apiq.quantization
 

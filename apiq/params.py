@@ -11,26 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from apiq.errors import ApiqError
+from apiq.method_params import NORMAL_FLOAT_BITS, WITHOUT_ADAPTERS, WITHOUT_CALIBRATION, Method, QloraParams
 from apiq.refusals import require, sentence
+from apiq.section import Decay, Positive, Rate, Section, Seed
 
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Decay = Annotated[float, Field(ge=0, le=10)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Method = Literal["rtn", "apiq-lw", "apiq-bw"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A section of params.yaml: immutable, closed to unknown keys, documented field by field."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class DemoModel(Section):
@@ -102,7 +91,8 @@ class QuantizeParams(Section):
     """How the codes, clipping ranges and adapters are found (sections 4.1 to 4.3 of the paper)."""
 
     method: Method = "apiq-bw"
-    """rtn: round to nearest, no adapters; apiq-lw: Algorithm 1, layer by layer; apiq-bw: block by block."""
+    """Without adapters: rtn (round to nearest). With adapters that start at zero: qlora. Activation-preserving:
+    apiq-lw (Algorithm 1, layer by layer), apiq-bw (block by block)."""
     bits: Annotated[int, Field(ge=1, le=8)] = 2
     """Bits of a code, b."""
     group_size: Annotated[int, Field(ge=0)] = 64
@@ -147,11 +137,33 @@ class QuantizeParams(Section):
     folder; auto takes the first in which they fill at most half of what is free."""
     seed: Seed = 0
     """Seed of the initial A and of every random choice."""
+    qlora: QloraParams = Field(default_factory=QloraParams)
+    """For method qlora."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the method leaves adapters to finetune."""
+        return self.method not in WITHOUT_ADAPTERS
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs calibration windows."""
+        return self.method not in WITHOUT_CALIBRATION
+
+    @property
+    def normal_float(self) -> bool:
+        """Whether the levels are those of NormalFloat."""
+        return self.method == "qlora"
 
     @model_validator(mode="after")
     def _combinations(self) -> QuantizeParams:
         require(not (self.symmetric and self.bits == 1), "bits", self.bits, "at least 2 when symmetric is true")
         require(not self.patience or self.held_out > 0, "patience", self.patience, "0 when held_out is 0")
+        if self.normal_float:
+            low, high = NORMAL_FLOAT_BITS
+            levels = f"the NormalFloat of method {self.method}"
+            require(low <= self.bits <= high, "bits", self.bits, f"{low} to {high} for {levels}")
+            require(not self.symmetric, "symmetric", self.symmetric, f"false for {levels}, which has no zero points")
         return self
 
 
@@ -236,7 +248,7 @@ class EvaluateParams(Section):
     """Corpora by the name that they carry in the tables."""
     rtn: bool = True
     """Measure the model rounded to nearest on the same grid too: what the method has to regain."""
-    tasks: list[str] = []
+    tasks: list[str] = Field(default_factory=list)
     """Names of lm-eval tasks, built in or described by the YAML files of task_folder."""
     task_folder: str | None = None
     """Folder with lm-eval task descriptions of your own."""

@@ -19,6 +19,7 @@ from apiq.blocks.unfuse import unfuse
 from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
+from apiq.checkpoint.grid_config import described
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
 from apiq.checkpoint.writing import write_adapter, write_index, write_rest
@@ -27,6 +28,7 @@ from apiq.errors import ApiqError
 from apiq.files import new_folder, read_json, sha256, write_json
 from apiq.meter import Meter
 from apiq.methods import build
+from apiq.methods.grid import grid_of
 from apiq.models.manifest import SUFFIXES
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
@@ -151,9 +153,7 @@ def _write_config(original: FullPrecision, folder: Path, path: str, names: list[
     config["quantization_config"] = {
         "quant_method": "apiq",
         "format": manifest.FORMAT,
-        "bits": params.bits,
-        "group_size": params.group_size,
-        "symmetric": params.symmetric,
+        **described(grid_of(params)),
         "blocks": path,
         "linears": names,
     }

@@ -13,6 +13,7 @@ from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
 
+_PARTS = {"codes": ("codes",), "scales": ("scales", "scale_ranges", "scale_mean"), "zeros": ("zeros",)}
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U8": 8, "I8": 8}
 
 
@@ -43,10 +44,11 @@ def effective_bits(folder: str | Path, adapter: str | Path | None = None) -> Bit
     index = read_json(folder / INDEX)
     headers = {file: read_header(folder / file) for file in sorted(set(index["weight_map"].values()))}
     entries = {name: entry for header in headers.values() for name, entry in header.items()}
-    spent, shapes = {"codes": 0, "scales": 0, "zeros": 0}, index["metadata"].get("shapes", {})
-    for name in shapes:
-        for part in spent:
-            spent[part] += _size(entries.get(f"{name}.{part}"))
+    shapes = index["metadata"].get("shapes", {})
+    spent = {
+        part: sum(_size(entries.get(f"{name}.{tensor}")) for name in shapes for tensor in tensors)
+        for part, tensors in _PARTS.items()
+    }
     weights = sum(math.prod(shape) for shape in shapes.values())
     if not weights:
         raise ApiqError(f"{folder} holds no packed linears to count the bits of.")

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from apiq.blocks.architecture import find_blocks, linears, replace
 from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint import manifest
+from apiq.checkpoint.grid_config import grid_of
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
@@ -23,15 +24,26 @@ from apiq.layers.packed import PackedLinear
 class ApiqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: its grid, and which linears are packed."""
 
-    def __init__(self, bits: int, group_size: int, symmetric: bool, blocks: str, linears: list[str], **_: Any):
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        blocks: str,
+        linears: list[str],
+        levels: str = "uniform",
+        double_quantization: bool = False,
+        **_: Any,
+    ):
         self.quant_method = "apiq"  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+        self.levels, self.double_quantization = levels, double_quantization
         self.blocks, self.linears = blocks, linears
 
     @property
     def grid(self) -> Grid:
         """The grid of every packed linear."""
-        return Grid(self.bits, self.group_size, self.symmetric)
+        return grid_of(vars(self))
 
 
 class ApiqQuantizer(HfQuantizer):

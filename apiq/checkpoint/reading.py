@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apiq.checkpoint.grid_config import grid_of
 from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
-from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
 
 
@@ -49,7 +49,7 @@ def linear(folder: str | Path, name: str, adapter: str | Path | None = None) -> 
     """
     folder = Path(folder)
     config = read_json(folder / "config.json").get("quantization_config", {})
-    grid = Grid(config["bits"], config["group_size"], config["symmetric"])
+    grid = grid_of(config)
     index = read_json(folder / INDEX)
     place = index["weight_map"].get(f"{name}.codes")
     shape = index["metadata"].get("shapes", {}).get(name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apiq.adapters.lora import lora_config, model_target
 from apiq.checkpoint.layout import INDEX
 from apiq.files import write_json
-from apiq.layers.packed import PackedLinear
+from apiq.layers.packed import SCALE_PARTS, PackedLinear
 
 
 def write_block(path: Path, block: nn.Module, prefix: str, dtype: torch.dtype) -> None:
@@ -78,7 +78,7 @@ def write_adapter(
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = name.endswith(".scales") or not value.is_floating_point()
+    kept = name.rpartition(".")[2] in SCALE_PARTS or not value.is_floating_point()
     return value.detach().to(device="cpu", dtype=value.dtype if kept else dtype).contiguous()
 
 

@@ -7,8 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apiq.errors import ApiqError
+from apiq.grids import double_quantization, normal_float
 from apiq.grids.affine import SCALE_DTYPE, Grid, decode
+from apiq.grids.double_quantization import StoredScales
+from apiq.grids.normal_float import NormalFloat
 from apiq.grids.packing import pack, unpack, words
+
+SCALE_PARTS = ("scales", "scale_ranges", "scale_mean")
+"""Buffers that keep their precision whatever the model is cast to."""
 
 
 class PackedLinear(nn.Linear):
@@ -16,11 +22,14 @@ class PackedLinear(nn.Linear):
 
     Owns the buffers `codes` int32 (out, ceil(in b / 32)), `scales` (out, G) and, on an asymmetric
     grid, `zeros` int32 (out, ceil(G b / 32)), and the parameter `bias` (out) where the layer has one.
+    Doubly quantized scales are uint8 and come with `scale_ranges` float32 (blocks) and `scale_mean` float32 ().
     `weight` is computed, never stored, and cannot be assigned to.
     """
 
     codes: Tensor
     scales: Tensor
+    scale_ranges: Tensor
+    scale_mean: Tensor
     zeros: Tensor
 
     def __init__(self, in_features: int, out_features: int, grid: Grid, bias: bool, dtype: torch.dtype):
@@ -29,7 +38,14 @@ class PackedLinear(nn.Linear):
         self.grid = grid
         groups = grid.groups(in_features)
         self.register_buffer("codes", torch.zeros(out_features, words(in_features, grid.bits), dtype=torch.int32))
-        self.register_buffer("scales", torch.zeros(out_features, groups, dtype=SCALE_DTYPE))
+        self.doubly_quantized = isinstance(grid, NormalFloat) and grid.double
+        self.register_buffer(
+            "scales", torch.zeros(out_features, groups, dtype=torch.uint8 if self.doubly_quantized else SCALE_DTYPE)
+        )
+        if self.doubly_quantized:
+            blocks = double_quantization.blocks(out_features * groups)
+            self.register_buffer("scale_ranges", torch.zeros(blocks, dtype=torch.float32))
+            self.register_buffer("scale_mean", torch.zeros((), dtype=torch.float32))
         if not grid.symmetric:
             self.register_buffer("zeros", torch.zeros(out_features, words(groups, grid.bits), dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
@@ -37,34 +53,43 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, s: Tensor, z: Tensor, grid: Grid, bias: Tensor | None, dtype: torch.dtype
+        cls, codes: Tensor, s: Tensor, z: Tensor | None, grid: Grid, bias: Tensor | None, dtype: torch.dtype
     ) -> PackedLinear:
-        """Pack codes (out, in), scales and zero points (out, G).
+        """Pack codes (out, in), scales and, on an asymmetric grid, zero points (out, G).
 
         Raises:
             ValueError: a code or zero point does not fit into the bits of the grid.
         """
         packed = cls(codes.shape[1], codes.shape[0], grid, bias is not None, dtype)
         packed.codes = pack(codes, grid.bits)
-        packed.scales = s.to(SCALE_DTYPE)
+        if packed.doubly_quantized:
+            packed.scales, packed.scale_ranges, packed.scale_mean = double_quantization.store(s)
+        else:
+            packed.scales = s.to(SCALE_DTYPE)
         if not grid.symmetric:
+            assert z is not None
             packed.zeros = pack(z.to(torch.int64), grid.bits)
         if bias is not None:
             packed.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         return packed
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (out, in) uint8, scales (out, G) float32, zero points (out, G) float32."""
-        s = self.scales.float()
-        if self.grid.symmetric:
+        """Codes (out, in) uint8, scales (out, G) float32, zero points (out, G) float32 (0 where the grid has none)."""
+        stored = StoredScales(self.scales, self.scale_ranges, self.scale_mean) if self.doubly_quantized else None
+        s = self.scales.float() if stored is None else double_quantization.restore(stored)
+        if isinstance(self.grid, NormalFloat):
+            z = torch.zeros_like(s)
+        elif self.grid.symmetric:
             z = torch.full_like(s, 2.0 ** (self.grid.bits - 1))
         else:
             z = unpack(self.zeros, self.grid.bits, s.shape[1]).to(s.dtype)
         return unpack(self.codes, self.grid.bits, self.in_features), s, z
 
     def dequantized(self) -> Tensor:
-        """Q = s (codes - z), (out, in), computed in float32, in the compute dtype."""
+        """Q = s (codes - z), or s levels[codes], (out, in), computed in float32, in the compute dtype."""
         codes, s, z = self.unpacked()
+        if isinstance(self.grid, NormalFloat):
+            return normal_float.decode(codes, s, self.grid).to(self.compute_dtype)
         return decode(codes, s, z, self.grid).to(self.compute_dtype)
 
     @property
@@ -82,17 +107,20 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         """Follow `.to()` and the like, but keep the scales in the precision in which they were trained."""
-        scales = self.scales
+        before = {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in SCALE_PARTS}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.codes.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=scales.device)).dtype
+        for name, buffer in before.items():
+            if getattr(self, name).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(self.codes.device))
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=before["scales"].device)).dtype
         return self
 
     def extra_repr(self) -> str:
         """Shape and grid."""
         grid = self.grid
         kind = "symmetric" if grid.symmetric else "asymmetric"
+        if isinstance(grid, NormalFloat):
+            kind = "NormalFloat, scales in 8 bits" if grid.double else "NormalFloat"
         return f"{self.in_features}, {self.out_features}, {grid.bits} bits, group size {grid.group_size}, {kind}"
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from apiq.blocks.problem import Method
 from apiq.methods.apiq_bw import ApiqBlockwise
 from apiq.methods.apiq_lw import ApiqLayerwise
+from apiq.methods.qlora import Qlora
 from apiq.methods.rtn import RoundToNearest
 from apiq.params import QuantizeParams
 
-METHODS = {"rtn": RoundToNearest, "apiq-lw": ApiqLayerwise, "apiq-bw": ApiqBlockwise}
+METHODS = {"rtn": RoundToNearest, "qlora": Qlora, "apiq-lw": ApiqLayerwise, "apiq-bw": ApiqBlockwise}
 
 
 def build(params: QuantizeParams) -> Method:

@@ -1,0 +1,28 @@
+"""QLoRA: NormalFloat weights below adapters that start at zero (arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from apiq.blocks.problem import Problem, Solution
+from apiq.methods.grid import grid_of, rounded
+from apiq.methods.starts import default_adapters
+from apiq.params import QuantizeParams
+
+
+class Qlora:
+    """Each weight goes to the nearest NormalFloat level of its group; nothing is fitted before finetuning.
+
+    Minimises nothing: the codes are round(W / max |W|) on the table of levels, A is random and B = 0,
+    so the adapters change no output until they are trained.
+    """
+
+    calibrated = False
+    adapted = True
+
+    def __init__(self, params: QuantizeParams):
+        self.params = params
+        self.grid = grid_of(params)
+
+    def solve(self, problem: Problem) -> Solution:
+        """Round every linear, and give it adapters."""
+        packed = {name: rounded(linear, self.grid) for name, linear in problem.linears().items()}
+        return Solution(packed, default_adapters(problem, packed, self.params))
