@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from apiq.section import Section
+from apiq.section import Positive, Rate, Section
 
-Method = Literal["rtn", "qlora", "apiq-lw", "apiq-bw"]
-WITHOUT_ADAPTERS = frozenset({"rtn"})
+Method = Literal["rtn", "gptq", "qlora", "gptq-lora", "loftq", "apiq-lw", "apiq-bw"]
+WITHOUT_ADAPTERS = frozenset({"rtn", "gptq"})
 """Methods that leave nothing to finetune."""
-WITHOUT_CALIBRATION = frozenset({"rtn", "qlora"})
+WITHOUT_CALIBRATION = frozenset({"rtn", "qlora", "loftq"})
 """Methods that look at the weights alone."""
 NORMAL_FLOAT_BITS = (2, 4)
 """Least and most bits of NormalFloat."""
+
+
+class GptqParams(Section):
+    """Parameters of methods gptq and gptq-lora, and of the codes of closed-form."""
+
+    damping: Rate = 0.01
+    """Share of the mean diagonal of the Hessian that is added to its diagonal."""
+    act_order: bool = False
+    """Take the columns by falling diagonal of the Hessian; group ranges are then those of the original weights."""
 
 
 class QloraParams(Section):
@@ -20,3 +29,12 @@ class QloraParams(Section):
 
     double_quantization: bool = True
     """Store the scales in 8 bits."""
+
+
+class LoftqParams(Section):
+    """Parameters of method loftq."""
+
+    steps: Positive = 5
+    """Times T that the codes and then the adapters are found anew."""
+    levels: Literal["normal-float", "uniform"] = "normal-float"
+    """Levels of a code: those of NormalFloat, or the affine grid of the other methods."""

@@ -14,7 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from apiq.errors import ApiqError
-from apiq.method_params import NORMAL_FLOAT_BITS, WITHOUT_ADAPTERS, WITHOUT_CALIBRATION, Method, QloraParams
+from apiq.method_params import (
+    NORMAL_FLOAT_BITS,
+    WITHOUT_ADAPTERS,
+    WITHOUT_CALIBRATION,
+    GptqParams,
+    LoftqParams,
+    Method,
+    QloraParams,
+)
 from apiq.refusals import require, sentence
 from apiq.section import Decay, Positive, Rate, Section, Seed
 
@@ -91,8 +99,8 @@ class QuantizeParams(Section):
     """How the codes, clipping ranges and adapters are found (sections 4.1 to 4.3 of the paper)."""
 
     method: Method = "apiq-bw"
-    """Without adapters: rtn (round to nearest). With adapters that start at zero: qlora. Activation-preserving:
-    apiq-lw (Algorithm 1, layer by layer), apiq-bw (block by block)."""
+    """Without adapters: rtn (round to nearest), gptq. With adapters that start at zero: qlora, gptq-lora.
+    Weight-preserving: loftq. Activation-preserving: apiq-lw (Algorithm 1, layer by layer), apiq-bw (block by block)."""
     bits: Annotated[int, Field(ge=1, le=8)] = 2
     """Bits of a code, b."""
     group_size: Annotated[int, Field(ge=0)] = 64
@@ -137,8 +145,12 @@ class QuantizeParams(Section):
     folder; auto takes the first in which they fill at most half of what is free."""
     seed: Seed = 0
     """Seed of the initial A and of every random choice."""
+    gptq: GptqParams = Field(default_factory=GptqParams)
+    """For methods gptq and gptq-lora."""
     qlora: QloraParams = Field(default_factory=QloraParams)
     """For method qlora."""
+    loftq: LoftqParams = Field(default_factory=LoftqParams)
+    """For method loftq."""
 
     @property
     def adapted(self) -> bool:
@@ -153,7 +165,7 @@ class QuantizeParams(Section):
     @property
     def normal_float(self) -> bool:
         """Whether the levels are those of NormalFloat."""
-        return self.method == "qlora"
+        return self.method == "qlora" or (self.method == "loftq" and self.loftq.levels == "normal-float")
 
     @model_validator(mode="after")
     def _combinations(self) -> QuantizeParams:

@@ -39,9 +39,12 @@ def levels(bits: int, device: torch.device | None = None) -> Tensor:
 
 
 def scales(W: Tensor, grid: NormalFloat) -> Tensor:
-    """The largest magnitude of each group, (out, G), rounded to float16 unless it is stored in 8 bits."""
-    s = grouped(W.float(), grid).abs().amax(-1).clamp(SMALLEST_SCALE, torch.finfo(SCALE_DTYPE).max)
-    return s if grid.double else s.to(SCALE_DTYPE).float()
+    """The largest magnitude of each group, (out, G), float32: not yet rounded to what is stored.
+
+    Codes are found with these, as the reference implementations do; storing moves a scale by 2^-12 of
+    itself at most, or by what double quantization costs.
+    """
+    return grouped(W.float(), grid).abs().amax(-1).clamp(SMALLEST_SCALE, torch.finfo(SCALE_DTYPE).max)
 
 
 def encode(W: Tensor, s: Tensor, grid: NormalFloat) -> Tensor:

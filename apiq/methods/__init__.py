@@ -5,11 +5,22 @@ from __future__ import annotations
 from apiq.blocks.problem import Method
 from apiq.methods.apiq_bw import ApiqBlockwise
 from apiq.methods.apiq_lw import ApiqLayerwise
+from apiq.methods.gptq import Gptq
+from apiq.methods.gptq_lora import GptqLora
+from apiq.methods.loftq import Loftq
 from apiq.methods.qlora import Qlora
 from apiq.methods.rtn import RoundToNearest
 from apiq.params import QuantizeParams
 
-METHODS = {"rtn": RoundToNearest, "qlora": Qlora, "apiq-lw": ApiqLayerwise, "apiq-bw": ApiqBlockwise}
+METHODS = {
+    "rtn": RoundToNearest,
+    "gptq": Gptq,
+    "qlora": Qlora,
+    "gptq-lora": GptqLora,
+    "loftq": Loftq,
+    "apiq-lw": ApiqLayerwise,
+    "apiq-bw": ApiqBlockwise,
+}
 
 
 def build(params: QuantizeParams) -> Method:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from apiq.blocks.activations import Activations, Batch, at_once, batches
-from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import groups, solution, wrap
+from apiq.methods.inputs import input_order, inputs, place
 from apiq.params import QuantizeParams
 
 
@@ -41,10 +40,10 @@ class ApiqLayerwise:
         curves: list[Curve] = []
         number = 0
         for names in order:
-            _place(problem.block, originals)
-            X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
-            _place(problem.block, adapted)
-            Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
+            place(problem.block, originals)
+            X = inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
+            place(problem.block, adapted)
+            Xq = inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
             for name in names:
                 linear = _Linear(name, number, len(originals), originals[name], adapted[name], fakes[name])
                 number += 1
@@ -86,56 +85,3 @@ class _Linear:
     original: nn.Module
     adapted: nn.Module
     fake: FakeQuantLinear
-
-
-@torch.no_grad()
-def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The names of the linears in the order in which the block calls them; those fed the same tensor stand together."""
-    assert problem.X is not None
-    order: list[list[str]] = []
-    fed: list[Tensor] = []
-
-    def recorder(name: str):
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for names, tensor in zip(order, fed, strict=True):
-                if tensor is args[0]:
-                    names.append(name)
-                    return
-            order.append([name])
-            fed.append(args[0])
-
-        return record
-
-    hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in originals.items()]
-    try:
-        problem.run(problem.X[slice(0, 1)], slice(0, 1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return order
-
-
-@torch.no_grad()
-def _inputs(problem: Problem, hidden: Activations | None, linear: nn.Module, batch_size: int) -> Activations:
-    """What `linear` is fed when the block runs on `hidden`."""
-    assert hidden is not None
-    caught: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    result: Activations | None = None
-    try:
-        for batch in batches(len(hidden), at_once(hidden, batch_size)):
-            problem.run(hidden[batch], batch)
-            fed = caught.pop()
-            if result is None:
-                shape = (len(hidden), *fed.shape[1:])
-                result = Activations.empty(shape, hidden.rows.dtype, hidden.home)
-            result[batch] = fed
-    finally:
-        hook.remove()
-    assert result is not None
-    return result
-
-
-def _place(block: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        replace(block, name, module)

@@ -20,14 +20,29 @@ def grid_of(params: QuantizeParams) -> Grid:
     return Grid(params.bits, params.group_size, params.symmetric)
 
 
-@torch.no_grad()
-def rounded(linear: nn.Linear, grid: Grid, W: Tensor | None = None) -> PackedLinear:
-    """`linear` with `W` (out, in) or else its own weight, each group rounded to nearest on its whole range."""
-    W = (linear.weight if W is None else W).detach().float()
+def nearest(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (out, in), scales and zero points (out, G) of W (out, in) rounded to nearest on the range of each group."""
     if isinstance(grid, NormalFloat):
-        s, z = normal_float.scales(W, grid), None
-        codes = normal_float.encode(W, s, grid)
-    else:
-        s, z = affine.scale_and_zero(*affine.extrema(W, grid), grid)
-        codes = affine.encode(W, s, z, grid)
-    return PackedLinear.from_codes(codes, s, z, grid, linear.bias, linear.weight.dtype)
+        s = normal_float.scales(W, grid)
+        return normal_float.encode(W, s, grid), s, None
+    s, z = affine.scale_and_zero(*affine.extrema(W, grid), grid)
+    return affine.encode(W, s, z, grid), s, z
+
+
+def values(codes: Tensor, s: Tensor, z: Tensor | None, grid: Grid) -> Tensor:
+    """Q (out, in) of codes, scales and zero points, float32."""
+    if isinstance(grid, NormalFloat):
+        return normal_float.decode(codes, s, grid)
+    assert z is not None
+    return affine.decode(codes, s, z, grid)
+
+
+@torch.no_grad()
+def rounded(linear: nn.Linear, grid: Grid) -> PackedLinear:
+    """`linear` with each group of its weight rounded to nearest on its whole range."""
+    return packed(linear, nearest(linear.weight.detach().float(), grid), grid)
+
+
+def packed(linear: nn.Linear, parts: tuple[Tensor, Tensor, Tensor | None], grid: Grid) -> PackedLinear:
+    """`linear` with the given codes, scales and zero points in the place of its weight."""
+    return PackedLinear.from_codes(*parts, grid, linear.bias, linear.weight.dtype)

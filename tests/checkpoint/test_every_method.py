@@ -18,7 +18,7 @@ SETTINGS = list(itertools.product((1, 2, 3, 4, 8), (False, True), (32, 0)))
 
 def is_refused(method, bits, symmetric):
     """What `apiq.params` is to refuse, and nothing else."""
-    if method == "qlora":
+    if method in ("qlora", "loftq"):
         return not 2 <= bits <= 4 or symmetric
     return bits == 1 and symmetric
 

@@ -23,7 +23,7 @@ def case(bits, group, double):
 @pytest.mark.parametrize("group", [0, 32, 43])
 def test_the_dequantized_weight_is_the_table_at_the_codes(bits, group):
     packed, codes, s = case(bits, group, False)
-    assert torch.equal(packed.dequantized(), decode(codes, s, packed.grid))
+    assert torch.equal(packed.dequantized(), decode(codes, s.half().float(), packed.grid))
     assert set(packed.state_dict()) == {"codes", "scales", "bias"}
 
 

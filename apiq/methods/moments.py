@@ -1,0 +1,132 @@
+"""Second moments of what linears are fed, and the pass over a block in input order that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from apiq.blocks.activations import Activations, at_once
+from apiq.blocks.architecture import replace
+from apiq.blocks.problem import Problem
+from apiq.blocks.unfuse import linear_of
+from apiq.errors import ApiqError
+from apiq.memory import in_parts
+from apiq.methods.inputs import input_order, place
+
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over all tokens that count; all zero for a linear that no token reaches."""
+
+    G: Tensor
+    """Xq^T Xq / tokens (in, in)."""
+    M: Tensor
+    """Xq^T X / tokens (in, in), where X was asked for; otherwise G."""
+    magnitude: Tensor
+    """Mean of |Xq|, (in)."""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A linear in its turn."""
+
+    name: str
+    linear: nn.Linear
+    """With its full-precision weight."""
+    moments: Moments
+
+
+def in_order(problem: Problem, batch_size: int, paired: bool = False) -> Iterator[Fed]:
+    """The linears in the order in which they are called, with the moments of what reaches them.
+
+    The moments are taken when a linear's turn comes, from the block as the caller has left it: what the
+    caller put in the place of the earlier linears (see `settle`) decides Xq.
+    """
+    originals = problem.linears()
+    for names in input_order(problem, originals):
+        found = moments(problem, originals, names[0], batch_size, paired)
+        for name in names:
+            yield Fed(name, originals[name], found)
+
+
+@torch.no_grad()
+def moments(
+    problem: Problem, originals: Mapping[str, nn.Module], name: str, batch_size: int, paired: bool = False
+) -> Moments:
+    """The moments of what the linear `name` is fed by the block as it stands.
+
+    With `paired` X is what it is fed in the full-precision block, with `originals` in place, on the
+    full-precision input. An expert gets tokens by a choice that the two blocks make differently; there
+    X is taken to be Xq. Padding is left out, except before experts, whose tokens carry no position.
+    Added in float32, or in float64 where the activations are.
+    """
+    current = {each: problem.block.get_submodule(each) for each in originals}
+    width = originals[name].in_features
+    assert isinstance(width, int)
+    hidden = problem.Xq
+    assert hidden is not None
+    zero = torch.zeros(width, width, device=hidden.device)
+    sums = {"G": zero, "M": zero, "magnitude": zero[0]}
+    tokens = 0
+
+    def add(batch: slice) -> None:
+        nonlocal tokens
+        fed = _fed(problem, hidden, batch, current[name])
+        if fed is None:
+            return
+        Xq = X = _counted(problem, fed, batch)
+        if paired and fed.dim() == 3:
+            place(problem.block, originals)
+            full = _fed(problem, problem.X, batch, originals[name])
+            place(problem.block, current)
+            X = Xq if full is None else _counted(problem, full, batch)
+        for key, value in {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0)}.items():
+            sums[key] = sums[key] + value
+        tokens += len(Xq)
+
+    in_parts(len(hidden), at_once(hidden, batch_size), add, f"a forward pass of block {problem.index}")
+    return Moments(**{key: value / max(tokens, 1) for key, value in sums.items()})
+
+
+def damped(G: Tensor, share: float) -> Tensor:
+    """G plus `share` of its mean diagonal on the diagonal; the identity where G is zero."""
+    mean = G.diagonal().mean()
+    return G + torch.where(mean > 0, share * mean, 1.0) * torch.eye(len(G), dtype=G.dtype, device=G.device)
+
+
+def singular(problem: Problem, name: str, key: str) -> ApiqError:
+    """What to say of a linear whose damped moments have no Cholesky factor."""
+    return ApiqError(
+        f"the inputs of linear {name} in block {problem.index} are too much alike for their moments to be inverted: "
+        f"raise {key}, or give more calibration windows."
+    )
+
+
+def settle(problem: Problem, name: str, weight: Tensor) -> None:
+    """Let the block compute with `weight` (out, in) in the place of the linear `name`."""
+    linear = problem.block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    replace(problem.block, name, linear_of(weight.to(linear.weight.dtype), linear.bias))
+
+
+def _fed(problem: Problem, hidden: Activations | None, batch: slice, linear: nn.Module) -> Tensor | None:
+    assert hidden is not None
+    caught: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        problem.run(hidden[batch], batch)
+    finally:
+        hook.remove()
+    return caught[0] if caught else None
+
+
+def _counted(problem: Problem, fed: Tensor, batch: slice) -> Tensor:
+    """(tokens, width) of what was fed, in float32 or float64, without padding."""
+    if problem.counted is not None and fed.dim() == 3:
+        fed = fed[problem.counted[batch]]
+    return fed.flatten(0, -2).to(torch.promote_types(fed.dtype, torch.float32))

@@ -1,0 +1,83 @@
+"""Moments are those of the tokens that reach a linear, in any batches, without padding, expert or not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from apiq.blocks.activations import Activations, Home
+from apiq.blocks.capture import BlockCall
+from apiq.methods.inputs import inputs
+from apiq.methods.moments import damped, in_order, moments, settle
+
+
+def tokens_of(problem, hidden, name):
+    return inputs(problem, hidden, problem.block.get_submodule(name), 3).rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
+def test_they_are_means_over_all_tokens(problem, name, batch_size):
+    X, Xq = (tokens_of(problem, hidden, name).flatten(0, 1) for hidden in (problem.X, problem.Xq))
+    found = moments(problem, problem.linears(), name, batch_size, paired=True)
+    torch.testing.assert_close(found.G, Xq.t() @ Xq / len(Xq))
+    torch.testing.assert_close(found.M, Xq.t() @ X / len(Xq))
+    torch.testing.assert_close(found.magnitude, Xq.abs().mean(0))
+
+
+def test_padding_does_not_count(problem):
+    problem.counted = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    name = "mlp.up_proj"
+    X, Xq = (tokens_of(problem, hidden, name)[problem.counted] for hidden in (problem.X, problem.Xq))
+    found = moments(problem, problem.linears(), name, 4, paired=True)
+    torch.testing.assert_close(found.G, Xq.t() @ Xq / len(Xq))
+    torch.testing.assert_close(found.M, Xq.t() @ X / len(Xq))
+
+
+def test_full_precision_inputs_stay_so_while_the_block_changes(problem):
+    original = copy.deepcopy(problem)
+    seen = []
+    for fed in in_order(problem, 4, paired=True):
+        X = tokens_of(original, original.X, fed.name).flatten(0, 1)
+        Xq = tokens_of(problem, problem.Xq, fed.name).flatten(0, 1)
+        torch.testing.assert_close(fed.moments.M, Xq.t() @ X / len(X))
+        assert torch.equal(fed.linear.weight, original.block.get_submodule(fed.name).weight)
+        settle(problem, fed.name, fed.linear.weight.round(decimals=1))
+        seen.append(fed.name)
+    assert seen == list(problem.linears())
+    assert not torch.equal(problem.block.mlp.down_proj.weight, original.block.mlp.down_proj.weight)
+
+
+class Routed(nn.Module):
+    """Sends tokens to one of three experts by the sign of their first entry; the last gets none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+
+    def forward(self, hidden):
+        flat, out = hidden.flatten(0, 1), torch.zeros_like(hidden.flatten(0, 1))
+        for number, chosen in enumerate((flat[:, 0] > 0, flat[:, 0] <= 0)):
+            if chosen.any():
+                out[chosen] = self.experts[number](flat[chosen])
+        return out.reshape(hidden.shape)
+
+
+def test_an_expert_sees_its_own_tokens_and_one_without_any_sees_zero(problem):
+    problem.block, problem.call = Routed().requires_grad_(False), BlockCall()
+    problem.X, problem.Xq = (Activations(torch.randn(6, 5, 4), Home("device", torch.device("cpu"))) for _ in range(2))
+    problem.Xq.rows[0, :, 0] = 1.0  # the first window reaches one expert only
+    flat = problem.Xq.rows.flatten(0, 1)
+    found = {fed.name: fed.moments for fed in in_order(problem, 2, paired=True)}
+    for number, chosen in enumerate((flat[:, 0] > 0, flat[:, 0] <= 0)):
+        mine = flat[chosen]
+        torch.testing.assert_close(found[f"experts.{number}"].G, mine.t() @ mine / len(mine))
+        assert torch.equal(found[f"experts.{number}"].M, found[f"experts.{number}"].G)
+    assert not found["experts.2"].G.any()
+    assert torch.equal(damped(found["experts.2"].G, 0.01), torch.eye(4))
+
+
+def test_damping_adds_a_share_of_the_mean_diagonal():
+    G = torch.diag(torch.tensor([1.0, 3.0]))
+    assert torch.equal(damped(G, 0.5), torch.diag(torch.tensor([2.0, 4.0])))
