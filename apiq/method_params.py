@@ -6,7 +6,7 @@ from typing import Literal
 
 from apiq.section import Positive, Rate, Section
 
-Method = Literal["rtn", "gptq", "qlora", "gptq-lora", "loftq", "apiq-lw", "apiq-bw"]
+Method = Literal["rtn", "gptq", "qlora", "gptq-lora", "loftq", "closed-form", "apiq-lw", "apiq-bw"]
 WITHOUT_ADAPTERS = frozenset({"rtn", "gptq"})
 """Methods that leave nothing to finetune."""
 WITHOUT_CALIBRATION = frozenset({"rtn", "qlora", "loftq"})
@@ -16,7 +16,7 @@ NORMAL_FLOAT_BITS = (2, 4)
 
 
 class GptqParams(Section):
-    """Parameters of methods gptq and gptq-lora, and of the codes of closed-form."""
+    """Parameters of methods gptq, gptq-lora and of the codes of closed-form."""
 
     damping: Rate = 0.01
     """Share of the mean diagonal of the Hessian that is added to its diagonal."""
@@ -38,3 +38,16 @@ class LoftqParams(Section):
     """Times T that the codes and then the adapters are found anew."""
     levels: Literal["normal-float", "uniform"] = "normal-float"
     """Levels of a code: those of NormalFloat, or the affine grid of the other methods."""
+
+
+class ClosedFormParams(Section):
+    """Parameters of method closed-form, and of quantize.start: closed-form."""
+
+    objective: Literal["plain", "whitened", "asymmetric"] = "asymmetric"
+    """What A and B minimise for given codes: plain is || W - Q - A B^T || (LoftQ); whitened the change of the output
+    on Xq (QERA); asymmetric the distance from the full-precision output on X (ApiQ-lw)."""
+    codes: Literal["rtn", "searched", "gptq"] = "gptq"
+    """Where the codes of method closed-form come from: rounding to nearest on the whole range of a group or on
+    a searched one, or GPTQ on searched ranges."""
+    damping: Rate = 0.01
+    """Share of the mean diagonal of Xq^T Xq that is added to its diagonal."""

@@ -18,6 +18,7 @@ from apiq.method_params import (
     NORMAL_FLOAT_BITS,
     WITHOUT_ADAPTERS,
     WITHOUT_CALIBRATION,
+    ClosedFormParams,
     GptqParams,
     LoftqParams,
     Method,
@@ -100,7 +101,8 @@ class QuantizeParams(Section):
 
     method: Method = "apiq-bw"
     """Without adapters: rtn (round to nearest), gptq. With adapters that start at zero: qlora, gptq-lora.
-    Weight-preserving: loftq. Activation-preserving: apiq-lw (Algorithm 1, layer by layer), apiq-bw (block by block)."""
+    Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
+    layer), apiq-bw (block by block)."""
     bits: Annotated[int, Field(ge=1, le=8)] = 2
     """Bits of a code, b."""
     group_size: Annotated[int, Field(ge=0)] = 64
@@ -111,6 +113,8 @@ class QuantizeParams(Section):
     """Rank r of the adapters A (in x r) and B (out x r)."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """LoRA scaling: the adapters act as alpha / r * A B^T."""
+    start: Literal["default", "closed-form"] = "default"
+    """Start of A and B in apiq-lw and apiq-bw: A at random and B = 0, or the best ones for the unfitted codes."""
     epochs: Annotated[int, Field(ge=0)] = 20
     """Passes over the calibration windows for each block (or layer)."""
     batch_size: Positive = 1
@@ -151,6 +155,8 @@ class QuantizeParams(Section):
     """For method qlora."""
     loftq: LoftqParams = Field(default_factory=LoftqParams)
     """For method loftq."""
+    closed_form: ClosedFormParams = Field(default_factory=ClosedFormParams)
+    """For method closed-form and for start closed-form."""
 
     @property
     def adapted(self) -> bool:

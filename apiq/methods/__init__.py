@@ -5,6 +5,7 @@ from __future__ import annotations
 from apiq.blocks.problem import Method
 from apiq.methods.apiq_bw import ApiqBlockwise
 from apiq.methods.apiq_lw import ApiqLayerwise
+from apiq.methods.closed_form import ClosedForm
 from apiq.methods.gptq import Gptq
 from apiq.methods.gptq_lora import GptqLora
 from apiq.methods.loftq import Loftq
@@ -18,6 +19,7 @@ METHODS = {
     "qlora": Qlora,
     "gptq-lora": GptqLora,
     "loftq": Loftq,
+    "closed-form": ClosedForm,
     "apiq-lw": ApiqLayerwise,
     "apiq-bw": ApiqBlockwise,
 }

@@ -10,6 +10,7 @@ from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.affine import Grid
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.methods.flat import Group
+from apiq.methods.starts import start_at_closed_form
 from apiq.params import QuantizeParams
 
 
@@ -17,10 +18,13 @@ def wrap(problem: Problem, params: QuantizeParams) -> dict[str, FakeQuantLinear]
     """Put FakeQuantLinear with LoRA in the place of every linear of the block; everything else is frozen."""
     problem.block.requires_grad_(False)
     grid = Grid(params.bits, params.group_size, params.symmetric)
-    fakes = {name: FakeQuantLinear(linear, grid) for name, linear in problem.linears().items()}
+    originals = problem.linears()
+    fakes = {name: FakeQuantLinear(linear, grid) for name, linear in originals.items()}
     for name, fake in fakes.items():
         replace(problem.block, name, fake)
     lora.inject(problem.block, fakes, params.rank, params.alpha, problem.seed)
+    if params.start == "closed-form":
+        start_at_closed_form(problem, originals, fakes, params)
     for fake in fakes.values():
         fake.gamma.requires_grad_(True)
         fake.beta.requires_grad_(True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, decode, encode, extrema, scale_and_zero
+from apiq.grids.search import searched
 from apiq.layers.packed import PackedLinear
 from apiq.methods.grid import grid_of, packed
 from apiq.methods.moments import LinAlgError, damped, in_order, settle, singular
@@ -62,19 +63,22 @@ def output_error(D: Tensor, G: Tensor) -> float:
     return float(((D @ G) * D).sum() / len(D))
 
 
-def error_feedback(W: Tensor, H: Tensor, grid: Grid, act_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def error_feedback(
+    W: Tensor, H: Tensor, grid: Grid, act_order: bool = False, search: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (out, in), scales and zero points (out, G) of W (out, in) for the Hessian H = Xq^T Xq (in, in).
 
     Column i becomes q_i = quant(w_i); then w_j -= (w_i - q_i) [U]_ij / [U]_ii for all j > i, with the upper
     Cholesky factor U of H^-1 (equations 2 and 3, algorithm 1). A group's range is that of its weights when its
     first column is reached. With `act_order` columns come by falling diagonal of H, and since a group's columns
-    are then scattered over the order, its range is that of the weights as they were given.
+    are then scattered over the order, its range is that of the weights as they were given. With `search` the range
+    is, of these weights too, the one that costs the outputs least (`apiq.grids.search`).
 
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.
     """
     width = grid.width(W.shape[1])
-    s, z = scale_and_zero(*extrema(W, grid), grid)
+    s, z = searched(W, grid, H) if search else scale_and_zero(*extrema(W, grid), grid)
     order = torch.arange(W.shape[1], device=W.device)
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
@@ -85,7 +89,7 @@ def error_feedback(W: Tensor, H: Tensor, grid: Grid, act_order: bool = False) ->
         block, errors = left[:, span].clone(), torch.zeros_like(left[:, span])
         for i, column in enumerate(range(span.start, span.stop)):
             group = groups[column]
-            if not act_order and column % width == 0:
+            if not (act_order or search) and column % width == 0:
                 rest = block[:, i : i + width] if i else left[:, column : column + width]
                 s[:, group : group + 1], z[:, group : group + 1] = scale_and_zero(*extrema(rest, one), one)
             scale, zero, w = s[:, group : group + 1], z[:, group : group + 1], block[:, i : i + 1]

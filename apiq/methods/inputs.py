@@ -16,7 +16,8 @@ from apiq.blocks.problem import Problem
 def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[list[str]]:
     """The names of the linears in the order in which the block calls them; those fed the same tensor stand together.
 
-    Linears that the first window does not reach, as experts may be, come last, one by one.
+    Linears that the first window does not reach, as experts may be, come last, one by one. The block is run with
+    `originals` in place.
     """
     assert problem.X is not None
     order: list[list[str]] = []
@@ -33,12 +34,15 @@ def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[li
 
         return record
 
+    current = {name: problem.block.get_submodule(name) for name in originals}
+    place(problem.block, originals)
     hooks = [module.register_forward_pre_hook(recorder(name)) for name, module in originals.items()]
     try:
         problem.run(problem.X[slice(0, 1)], slice(0, 1))
     finally:
         for hook in hooks:
             hook.remove()
+        place(problem.block, current)
     called = {name for names in order for name in names}
     return order + [[name] for name in originals if name not in called]
 

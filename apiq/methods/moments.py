@@ -41,13 +41,16 @@ class Fed:
     moments: Moments
 
 
-def in_order(problem: Problem, batch_size: int, paired: bool = False) -> Iterator[Fed]:
+def in_order(
+    problem: Problem, batch_size: int, paired: bool = False, originals: Mapping[str, nn.Linear] | None = None
+) -> Iterator[Fed]:
     """The linears in the order in which they are called, with the moments of what reaches them.
 
     The moments are taken when a linear's turn comes, from the block as the caller has left it: what the
-    caller put in the place of the earlier linears (see `settle`) decides Xq.
+    caller put in the place of the earlier linears (see `settle`) decides Xq. `originals` are the
+    full-precision linears where the block has others in their place already.
     """
-    originals = problem.linears()
+    originals = originals or problem.linears()
     for names in input_order(problem, originals):
         found = moments(problem, originals, names[0], batch_size, paired)
         for name in names:

@@ -1,13 +1,16 @@
-"""Adapters that no descent has touched: at PEFT's start, or as factors that a closed form gave."""
+"""Adapters that no descent has touched: at PEFT's start, or as a closed form gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from apiq.adapters import lora
+from apiq.adapters.closed_form import asymmetric, plain, whitened
 from apiq.blocks.problem import Problem
+from apiq.methods.moments import LinAlgError, Moments, damped, in_order, singular
 from apiq.params import QuantizeParams
 
 
@@ -25,3 +28,41 @@ def given_adapters(factors: Mapping[str, tuple[Tensor, Tensor]], params: Quantiz
         state[f"{name}.lora_A.weight"] = (share * A.t()).contiguous()
         state[f"{name}.lora_B.weight"] = (share * B).contiguous()
     return state
+
+
+def start_at_closed_form(
+    problem: Problem, originals: Mapping[str, nn.Linear], quantized: Mapping[str, nn.Linear], params: QuantizeParams
+) -> None:
+    """Set the adapters in the block to the best ones for the present codes, linear by linear in input order.
+
+    `originals` are the full-precision linears, `quantized` the ones below the adapters, whose weight is Q.
+
+    Raises:
+        ApiqError: the moments of an input cannot be inverted.
+    """
+    own = lora.parameters(problem.block)
+    for fed in in_order(problem, params.batch_size, params.closed_form.objective == "asymmetric", originals):
+        W, Q = fed.linear.weight.detach().float(), quantized[fed.name].weight.detach().float()
+        try:
+            state = given_adapters({fed.name: best(W, Q, fed.moments, params)}, params)
+        except LinAlgError:
+            raise singular(problem, fed.name, "quantize.closed_form.damping") from None
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+
+@torch.no_grad()
+def best(W: Tensor, Q: Tensor, moments: Moments, params: QuantizeParams) -> tuple[Tensor, Tensor]:
+    """A (in, r) and B (out, r) that the parameters ask for, for W and Q (out, in).
+
+    Raises:
+        torch.linalg.LinAlgError: the damped moments are not positive definite.
+    """
+    objective, damping = params.closed_form.objective, params.closed_form.damping
+    if objective == "plain":
+        return plain(W, Q, params.rank)
+    G = damped(moments.G, damping)
+    if objective == "whitened":
+        return whitened(W, Q, G, params.rank)
+    return asymmetric(W, Q, G, moments.M + G - moments.G, params.rank)

@@ -1,0 +1,60 @@
+"""Closed form: codes first, then the best A and B for them, linear by linear in input order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apiq.blocks.problem import Problem, Solution
+from apiq.grids.affine import encode
+from apiq.grids.search import searched
+from apiq.layers.packed import PackedLinear
+from apiq.methods.gptq import error_feedback, output_error
+from apiq.methods.grid import grid_of, nearest, packed
+from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
+from apiq.methods.starts import best, given_adapters
+from apiq.params import QuantizeParams
+
+
+class ClosedForm:
+    """Minimise || X W^T - Xq (Q + B A^T)^T || over A and B of rank r for given codes: exact, without descent.
+
+    This is the objective of ApiQ-lw (equation 4); `objective` may also be the one of QERA, with Xq for X, or
+    that of LoftQ, without activations. The codes are rounded to nearest on the whole range of a group or on a
+    searched one, or are those of GPTQ on searched ranges. Damping adds || W - Q - B A^T ||^2 times a share of
+    the mean square of the inputs, which keeps directions that the windows never show near the weight.
+    """
+
+    calibrated = True
+    adapted = True
+
+    def __init__(self, params: QuantizeParams):
+        self.params = params
+
+    def solve(self, problem: Problem) -> Solution:
+        """Quantize all linears of one block and fit their adapters."""
+        params, count = self.params, len(problem.linears())
+        quantized: dict[str, PackedLinear] = {}
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for fed in in_order(problem, params.batch_size, paired=params.closed_form.objective == "asymmetric"):
+            try:
+                quantized[fed.name] = self._codes(fed)
+                Q = quantized[fed.name].dequantized().float()
+                A, B = factors[fed.name] = best(fed.linear.weight.detach().float(), Q, fed.moments, params)
+            except LinAlgError:
+                raise singular(problem, fed.name, "quantize.closed_form.damping and quantize.gptq.damping") from None
+            settle(problem, fed.name, Q + B @ A.t())
+            error = output_error(fed.linear.weight.detach().float() - Q - B @ A.t(), fed.moments.G)
+            problem.report(len(quantized) / count, error, fed.name)
+        return Solution(quantized, given_adapters(factors, params))
+
+    @torch.no_grad()
+    def _codes(self, fed: Fed) -> PackedLinear:
+        params, grid, W = self.params, grid_of(self.params), fed.linear.weight.detach().float()
+        if params.closed_form.codes == "rtn":
+            return packed(fed.linear, nearest(W, grid), grid)
+        if params.closed_form.codes == "searched":
+            s, z = searched(W, grid, fed.moments.G)
+            return packed(fed.linear, (encode(W, s, z, grid), s, z), grid)
+        H = damped(fed.moments.G, params.gptq.damping)
+        return packed(fed.linear, error_feedback(W, H, grid, params.gptq.act_order, search=True), grid)

@@ -1,0 +1,66 @@
+"""The searched range is the best of those that are tried, counted weight by weight."""
+
+import pytest
+import torch
+
+from apiq.grids.affine import Grid, extrema, fake_quantize, scale_and_zero
+from apiq.grids.search import SHARES, diagonal_blocks, searched
+
+GRIDS = [Grid(2, 8, False), Grid(2, 8, True), Grid(3, 7, False), Grid(1, 5, False), Grid(4, 0, True)]
+
+
+def layer(width=20, out=4):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(50, width, generator=generator)
+    return torch.randn(out, width, generator=generator), X.t() @ X / 50
+
+
+def spans(grid, width):
+    size = grid.width(width)
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_it_is_the_best_of_all_pairs_by_brute_force(grid, weighted):
+    W, G = layer()
+    H = G if weighted else torch.eye(len(G))
+    Q = fake_quantize(W, *searched(W, grid, G if weighted else None), grid)
+    low, high = extrema(W, grid)
+    pairs = [(a, b) for a in SHARES for b in SHARES if a == b or not grid.symmetric]
+    tried = [fake_quantize(W, *scale_and_zero(a * low, b * high, grid), grid) for a, b in pairs]
+
+    def cost(Q, row, span):
+        d = (Q - W)[row, span]
+        return float(d @ H[span, span] @ d)
+
+    for row in range(len(W)):
+        for span in spans(grid, W.shape[1]):
+            assert cost(Q, row, span) == pytest.approx(min(cost(each, row, span) for each in tried), rel=1e-4)
+
+
+def test_only_the_given_pairs_are_tried():
+    W, _ = layer()
+    grid = Grid(2, 8, False)
+    low, high = extrema(W, grid)
+    expected = scale_and_zero(0.5 * low, 0.7 * high, grid)
+    assert all(torch.equal(a, b) for a, b in zip(searched(W, grid, pairs=[(0.5, 0.7)]), expected, strict=True))
+
+
+def test_two_bits_of_a_gaussian_want_to_be_clipped():
+    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    grid = Grid(2, 64, False)
+    whole = (fake_quantize(W, *scale_and_zero(*extrema(W, grid), grid), grid) - W).square().mean()
+    best = (fake_quantize(W, *searched(W, grid), grid) - W).square().mean()
+    assert best < 0.65 * whole
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_blocks_are_those_on_the_diagonal(grid):
+    _, G = layer()
+    blocks = diagonal_blocks(G, grid)
+    assert len(blocks) == grid.groups(20)
+    for block, span in zip(blocks, spans(grid, 20), strict=True):
+        size = span.stop - span.start
+        assert torch.equal(block[:size, :size], G[span, span])
+        assert not block[size:].any() and not block[:, size:].any()

@@ -1,0 +1,89 @@
+"""Closed-form adapters are the optimum for the codes in their place, alone and as a start."""
+
+import copy
+
+import pytest
+import torch
+
+from apiq.adapters.closed_form import asymmetric
+from apiq.blocks.walk import deploy
+from apiq.errors import ApiqError
+from apiq.methods import build, starts
+from apiq.methods.inputs import inputs
+from apiq.params import QuantizeParams
+
+
+def settings(**values):
+    return QuantizeParams(**{"bits": 2, "group_size": 16, "rank": 4, "batch_size": 4, "alpha": 8.0, **values})
+
+
+def solved(problem, **values):
+    case, params = copy.deepcopy(problem), settings(**values)
+    solution = build(params).solve(case)
+    deploy(case.block, solution, params, torch.float32)
+    return solution, case
+
+
+def error(problem, **values):
+    return solved(problem, **values)[1].error(2)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_adapters_solve_the_regression_of_the_deployed_block(problem, name):
+    """X is what the linear gets in the full-precision block, Xq what it gets in the deployed one."""
+    _, case = solved(problem, method="closed-form", closed_form={"damping": 1e-9})
+    X = inputs(problem, problem.X, problem.block.get_submodule(name), 3).rows.flatten(0, 1).double()
+    deployed = case.block.get_submodule(name)
+    Xq = inputs(case, case.Xq, deployed, 3).rows.flatten(0, 1).double()
+    W, Q = problem.block.get_submodule(name).weight.double(), deployed.base_layer.dequantized().double()
+    A, B = asymmetric(W, Q, Xq.t() @ Xq, Xq.t() @ X, 4)
+    lora = deployed.lora_B["default"].weight.double() @ deployed.lora_A["default"].weight.double() * 2.0
+    lora = lora.detach()
+    best, found = (X @ W.t() - Xq @ (Q + product).t() for product in (B @ A.t(), lora))
+    assert float(found.norm()) == pytest.approx(float(best.norm()), rel=1e-4)
+
+
+def test_the_nearer_the_objective_to_the_output_the_less_is_lost(problem):
+    errors = {
+        objective: error(problem, method="closed-form", closed_form={"objective": objective})
+        for objective in ("plain", "whitened", "asymmetric")
+    }
+    assert errors["asymmetric"] < errors["whitened"] < errors["plain"]
+    assert errors["plain"] < error(problem, method="gptq")
+
+
+def test_plain_on_rounded_codes_is_one_step_of_loftq(problem):
+    one, _ = solved(problem, method="closed-form", closed_form={"objective": "plain", "codes": "rtn"})
+    other, _ = solved(problem, method="loftq", loftq={"steps": 1, "levels": "uniform"})
+    for name, value in one.adapters.items():
+        torch.testing.assert_close(value, other.adapters[name])
+
+
+def test_searched_codes_lose_less_than_rounded_ones(problem):
+    errors = {
+        codes: error(problem, method="closed-form", closed_form={"codes": codes}) for codes in ("rtn", "searched")
+    }
+    assert errors["searched"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("method", ["apiq-bw", "apiq-lw"])
+def test_as_a_start_it_is_better_than_zero(problem, method):
+    starts_at = {start: error(problem, method=method, start=start, epochs=0) for start in ("default", "closed-form")}
+    assert starts_at["closed-form"] < 0.7 * starts_at["default"]
+
+
+def test_the_start_of_apiq_is_the_closed_form_for_its_codes(problem, monkeypatch):
+    asked = []
+    best = starts.best
+    monkeypatch.setattr(starts, "best", lambda W, Q, *rest: asked.append((W, Q)) or best(W, Q, *rest))
+    solution, _ = solved(problem, method="apiq-bw", start="closed-form", epochs=0)
+    assert len(asked) == len(solution.linears) == 7
+    for name, (W, Q) in zip(problem.linears(), asked, strict=True):
+        assert torch.equal(W, problem.block.get_submodule(name).weight)
+        assert torch.equal(Q, solution.linears[name].dequantized())
+
+
+def test_inputs_that_cannot_be_inverted_are_refused_with_what_to_change(problem, monkeypatch):
+    monkeypatch.setattr("apiq.methods.closed_form.damped", lambda G, share: -G)
+    with pytest.raises(ApiqError, match=r"linear self_attn\.q_proj in block 1 .* raise quantize\.closed_form\.damping"):
+        build(settings(method="closed-form")).solve(problem)
