@@ -85,8 +85,10 @@ def moments(
         Xq = X = _counted(problem, fed, batch)
         if paired and fed.dim() == 3:
             place(problem.block, originals)
-            full = _fed(problem, problem.X, batch, originals[name])
-            place(problem.block, current)
+            try:
+                full = _fed(problem, problem.X, batch, originals[name])
+            finally:
+                place(problem.block, current)
             X = Xq if full is None else _counted(problem, full, batch)
         for key, value in {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0)}.items():
             sums[key] = sums[key] + value
