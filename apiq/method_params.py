@@ -6,8 +6,8 @@ from typing import Literal
 
 from apiq.section import Positive, Rate, Section
 
-Method = Literal["rtn", "gptq", "qlora", "gptq-lora", "loftq", "closed-form", "apiq-lw", "apiq-bw"]
-WITHOUT_ADAPTERS = frozenset({"rtn", "gptq"})
+Method = Literal["rtn", "gptq", "awq", "omniquant", "qlora", "gptq-lora", "loftq", "closed-form", "apiq-lw", "apiq-bw"]
+WITHOUT_ADAPTERS = frozenset({"rtn", "gptq", "awq", "omniquant"})
 """Methods that leave nothing to finetune."""
 WITHOUT_CALIBRATION = frozenset({"rtn", "qlora", "loftq"})
 """Methods that look at the weights alone."""
@@ -22,6 +22,15 @@ class GptqParams(Section):
     """Share of the mean diagonal of the Hessian that is added to its diagonal."""
     act_order: bool = False
     """Take the columns by falling diagonal of the Hessian; group ranges are then those of the original weights."""
+
+
+class OmniquantParams(Section):
+    """Parameters of method omniquant; epochs, lr_theta and decay_theta are those of apiq-bw."""
+
+    transform: bool = True
+    """Learn factors of the channels too, where a norm or linear of the block can take them up."""
+    lr_transform: Rate = 0.005
+    """Learning rate of their logarithms."""
 
 
 class QloraParams(Section):

@@ -22,6 +22,7 @@ from apiq.method_params import (
     GptqParams,
     LoftqParams,
     Method,
+    OmniquantParams,
     QloraParams,
 )
 from apiq.refusals import require, sentence
@@ -100,8 +101,8 @@ class QuantizeParams(Section):
     """How the codes, clipping ranges and adapters are found (sections 4.1 to 4.3 of the paper)."""
 
     method: Method = "apiq-bw"
-    """Without adapters: rtn (round to nearest), gptq. With adapters that start at zero: qlora, gptq-lora.
-    Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
+    """Without adapters: rtn (round to nearest), gptq, awq, omniquant. With adapters that start at zero: qlora,
+    gptq-lora. Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
     layer), apiq-bw (block by block)."""
     bits: Annotated[int, Field(ge=1, le=8)] = 2
     """Bits of a code, b."""
@@ -151,6 +152,8 @@ class QuantizeParams(Section):
     """Seed of the initial A and of every random choice."""
     gptq: GptqParams = Field(default_factory=GptqParams)
     """For methods gptq and gptq-lora."""
+    omniquant: OmniquantParams = Field(default_factory=OmniquantParams)
+    """For method omniquant."""
     qlora: QloraParams = Field(default_factory=QloraParams)
     """For method qlora."""
     loftq: LoftqParams = Field(default_factory=LoftqParams)

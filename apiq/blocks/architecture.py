@@ -58,7 +58,7 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in found.items() if not KEPT.search(name)}
 
 
-def replace(block: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the submodule `name` of `block` was."""
+def replace(block: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
+    """Put `module` where the submodule (or parameter) `name` of `block` was."""
     parent, _, child = name.rpartition(".")
     setattr(block.get_submodule(parent), child, module)

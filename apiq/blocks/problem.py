@@ -100,6 +100,8 @@ class Solution:
     curves: list[Curve] = field(default_factory=list)
     start: float | None = None
     """Mean squared error of the block before anything was fitted; None where nothing is."""
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """Other parameters that the method changed, by name inside the block: norms that took up a factor."""
 
 
 class Method(Protocol):

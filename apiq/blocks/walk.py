@@ -155,6 +155,9 @@ def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage
     """Rebuild a block from its solution as it will be loaded; return its adapters in their stored precision."""
     for name, packed in solution.linears.items():
         replace(block, name, packed)
+    for name, value in solution.others.items():
+        old = block.get_parameter(name)
+        replace(block, name, nn.Parameter(value.to(storage).to(old), requires_grad=False))
     adapters = {name: value.to(storage) for name, value in solution.adapters.items()}
     if adapters:
         lora.inject(block, solution.linears, params.rank, params.alpha, seed=0)

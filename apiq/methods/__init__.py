@@ -5,10 +5,12 @@ from __future__ import annotations
 from apiq.blocks.problem import Method
 from apiq.methods.apiq_bw import ApiqBlockwise
 from apiq.methods.apiq_lw import ApiqLayerwise
+from apiq.methods.awq import Awq
 from apiq.methods.closed_form import ClosedForm
 from apiq.methods.gptq import Gptq
 from apiq.methods.gptq_lora import GptqLora
 from apiq.methods.loftq import Loftq
+from apiq.methods.omniquant import Omniquant
 from apiq.methods.qlora import Qlora
 from apiq.methods.rtn import RoundToNearest
 from apiq.params import QuantizeParams
@@ -16,6 +18,8 @@ from apiq.params import QuantizeParams
 METHODS = {
     "rtn": RoundToNearest,
     "gptq": Gptq,
+    "awq": Awq,
+    "omniquant": Omniquant,
     "qlora": Qlora,
     "gptq-lora": GptqLora,
     "loftq": Loftq,
