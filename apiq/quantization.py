@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apiq import parallel
 from apiq.adapters.lora import model_key
 from apiq.blocks.architecture import linears
 from apiq.blocks.store import BlockStore
@@ -50,36 +52,46 @@ def quantize(
             not finite, or a file is damaged.
     """
     meter = Meter()
-    method = build(params)
+    device = parallel.join(pick_device(params.device))
+    if parallel.size() > 1 and (params.shuffle or params.held_out):
+        raise ApiqError(
+            f"quantize.shuffle and quantize.held_out must be off with several processes, found {params.shuffle} and "
+            f"{params.held_out}: each process holds its own windows."
+        )
+    own, part = (None, params.batch_size) if windows is None else parallel.share(windows, params.batch_size)
+    solved = params.model_copy(update={"batch_size": part})
+    method = build(solved)
     if method.calibrated and windows is None:
         raise ApiqError(
             f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn."
         )
-    device = pick_device(params.device)
     compute = pick_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
     names = _check_fit(original, windows, params, method.adapted)
     identity = _identity(original.folder, windows, params)
-    with alone(work_folder(identity)) as work:
+    folder = work_folder(identity)
+    with alone(folder) if parallel.rank() == 0 else contextlib.nullcontext(folder) as work:
         store = BlockStore(work)
         spent = store.cpu_seconds
         Walk(
-            original.stream, windows, method, params, device, compute, original.dtype, store, progress,
+            original.stream, own, method, solved, device, compute, original.dtype, store, progress,
             lambda: spent + meter.reading()["cpu_seconds"],
         ).run()  # fmt: skip
-        with new_folder(out) as folder:
-            metrics = _write(folder, original, store, names, params, method.adapted)
-            facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
-            manifest.write(folder, "quantized", **facts)
-        shutil.rmtree(work)
-    cost = meter.reading()
+        if parallel.rank() == 0:
+            with new_folder(out) as folder:
+                _write(folder, original, store, names, params, method.adapted)
+                facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
+                manifest.write(folder, "quantized", **facts)
+            shutil.rmtree(work)
+        parallel.wait()
+    metrics, cost = read_json(Path(out) / "metrics.json"), meter.reading()
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
 
 
 def _write(
     folder: Path, original: FullPrecision, store: BlockStore, names: list[str], params: QuantizeParams, adapted: bool
-) -> dict[str, Any]:
-    """Write the checkpoint of finished work to `folder`; its metrics."""
+) -> None:
+    """Write the checkpoint of finished work to `folder`."""
     blocks = original.stream.blocks
     files = [block_file(index) for index in range(len(blocks.modules))]
     for file in files:
@@ -91,10 +103,8 @@ def _write(
     if adapted:
         task = "CAUSAL_LM" if original.stream.model.can_generate() else None
         _write_adapters(store, folder, blocks.path, names, params, task)
-    metrics = _metrics(store, folder, params)
     _write_losses(store, folder / "losses.csv")
-    write_json(folder / "metrics.json", metrics)
-    return metrics
+    write_json(folder / "metrics.json", _metrics(store, folder, params))
 
 
 def _check_fit(original: FullPrecision, windows: Tensor | None, params: QuantizeParams, adapted: bool) -> list[str]:
@@ -141,6 +151,7 @@ def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> d
         "code": code_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": parallel.size(),
     }
 
 

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from apiq import parallel
 from apiq.memory import in_parts
 
 Batch = slice | Tensor
@@ -144,4 +145,5 @@ def mean_squared_error(
 
     in_parts(len(targets), at_once(targets, batch_size), add, "a forward pass of a block")
     entries = targets.rows.numel() if counted is None else int(counted.sum()) * targets.rows.shape[-1]
-    return float(total) / max(entries, 1)
+    both = parallel.add(torch.stack([total, torch.full_like(total, entries)]))
+    return float(both[0]) / max(float(both[1]), 1.0)

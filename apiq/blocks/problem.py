@@ -63,7 +63,8 @@ class Problem:
         """How much the mean over the windows of `batch` counts beside that over others: their counted positions."""
         if self.counted is not None:
             return float(self.counted[batch].sum())
-        return batch.stop - batch.start if isinstance(batch, slice) else len(batch)
+        assert self.Xq is not None
+        return (batch.stop - batch.start if isinstance(batch, slice) else len(batch)) * self.Xq.rows.shape[1]
 
     def loss_scale(self, entries: int) -> float:
         """What to multiply the mean over `entries` by before the backward pass: their number in float16, else 1."""

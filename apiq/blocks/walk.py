@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apiq import parallel
 from apiq.adapters import lora
 from apiq.blocks.activations import Activations, Home, choose_home, mean_squared_error
 from apiq.blocks.architecture import replace
@@ -118,9 +119,10 @@ class Walk:
     def _save(
         self, block: nn.Module, index: int, adapters: dict[str, Tensor], X: Activations | None, Xq: Activations | None
     ) -> None:
-        with replacing(self.store.folder / block_file(index)) as path:
-            write_block(path, block, f"{self.stream.blocks.path}.{index}", self.storage)
-        self.store.save_adapters(index, adapters)
+        if parallel.rank() == 0:
+            with replacing(self.store.folder / block_file(index)) as path:
+                write_block(path, block, f"{self.stream.blocks.path}.{index}", self.storage)
+            self.store.save_adapters(index, adapters)
         if X is not None and Xq is not None and index + 1 < len(self.stream.blocks.modules):
             self.store.save_activations(index + 1, X, Xq)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apiq import parallel
 from apiq.blocks.activations import Activations, Batch, at_once, batches
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
@@ -68,7 +69,10 @@ class ApiqLayerwise:
 
         with torch.no_grad():
             spans = batches(len(Xq), at_once(Xq, params.batch_size))
-            first = sum(float(loss_of(span)[0]) * (span.stop - span.start) for span in spans) / len(Xq)
+            shares = [loss_of(span)[0] * problem.weight(span) for span in spans]
+            weights = torch.tensor(float(sum(problem.weight(span) for span in spans)), device=Xq.device)
+            total, weight = parallel.add(torch.stack([torch.stack(shares).sum(), weights]))
+            first = float(total) / max(float(weight), 1.0)
         scale = problem.loss_scale(Xq.rows.shape[1] * linear.fake.out_features * params.batch_size)
         where = f"linear {linear.name} of block {problem.index}"
         objective = Objective(loss_of, len(Xq), where, problem.weight, linear.adapted, scale)

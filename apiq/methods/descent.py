@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from apiq import parallel
 from apiq.blocks.activations import Batch
 from apiq.blocks.problem import Curve
 from apiq.errors import ApiqError
@@ -85,6 +86,7 @@ class _Descent:
         self.trained = objective.windows - aside
         self.part = params.batch_size  # windows in memory at a time
         self.factor = 1.0
+        self.shares = self._shares()
         self.generator = torch.Generator().manual_seed(seed)
 
     def run(self, report: Callable[[int, float], None]) -> Trace:
@@ -113,7 +115,7 @@ class _Descent:
         batches = list(self._batches())
         saved = self.optimizer.saved()
         while True:
-            losses = torch.stack([self._step(epoch, number, batches) for number in range(len(batches))])
+            losses = parallel.add(torch.stack([self._step(epoch, number, batches) for number in range(len(batches))]))
             sound = losses.isfinite()
             if bool(sound.all() & self.optimizer.finite()):
                 return float(losses.mean())
@@ -133,7 +135,7 @@ class _Descent:
         self.optimizer.restore(saved)
         for number in range(bad):
             self._step(epoch, number, batches)
-        self._backward(batches[bad])
+        self._backward(batches[bad], self.shares[bad])
         unsound = [parameter for group in self.optimizer.groups for parameter in group.unsound()]
         self.optimizer.restore(saved)
         names = {id(p): name for name, p in self.objective.module.named_parameters()} if self.objective.module else {}
@@ -142,7 +144,9 @@ class _Descent:
 
     def _step(self, epoch: int, number: int, batches: list[Batch]) -> Tensor:
         """One step of the optimizer; the loss to be shown, on the device."""
-        shown = self._backward(batches[number])
+        shown = self._backward(batches[number], self.shares[number])
+        for group in self.optimizer.groups:
+            parallel.add(group.grad)
         share = self.factor
         if self.params.schedule == "cosine":
             done = (epoch * len(batches) + number) / (self.params.epochs * len(batches))
@@ -150,22 +154,31 @@ class _Descent:
         self.optimizer.step(share, 1 / self.objective.scale)
         return shown
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _shares(self) -> list[float]:
+        """The share of the windows of this process in the loss of each batch, which several processes may divide."""
+        weights = [self.objective.weight_of(batch) for batch in self._batches()] if parallel.size() > 1 else []
+        if not weights:
+            return [1.0] * math.ceil(self.trained / self.params.batch_size)
+        own = torch.tensor(weights, dtype=torch.float64)
+        total = parallel.add(own.clone().to(self.optimizer.groups[0].grad.device)).cpu()
+        return (own / total.clamp(min=1)).tolist()
+
+    def _backward(self, batch: Batch, share: float) -> Tensor:
         """Leave the gradients of the loss of `batch`; where it does not fit into memory, add those of its parts."""
         while True:
             self.optimizer.zero()
             try:
-                return self._added(batch)
+                return self._added(batch, share)
             except torch.OutOfMemoryError:
                 pass  # what was allocated is held by the traceback until here
             self.part = halved(min(self.part, _length(batch)), f"a step of {self.objective.where}")
 
-    def _added(self, batch: Batch) -> Tensor:
+    def _added(self, batch: Batch, share: float) -> Tensor:
         if self.part >= _length(batch):
-            return self._differentiated(batch, 1.0)
+            return self._differentiated(batch, share)
         whole = self.objective.weight_of(batch)
         parts = _parts(batch, self.part)
-        shares = [self.objective.weight_of(part) / max(whole, 1) for part in parts]
+        shares = [share * self.objective.weight_of(part) / max(whole, 1) for part in parts]
         return torch.stack([self._differentiated(part, share) for part, share in zip(parts, shares, strict=True)]).sum()
 
     def _differentiated(self, batch: Batch, share: float) -> Tensor:
