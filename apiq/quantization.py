@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import csv
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apiq.adapters.lora import model_key
+from apiq.adapters.configuration import model_config, resolved
+from apiq.adapters.injection import model_state
+from apiq.adapters.targets import Shapes, shapes
+from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears
 from apiq.blocks.store import BlockStore
 from apiq.blocks.unfuse import unfuse
@@ -59,12 +61,16 @@ def quantize(
     compute = pick_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
     blocks = original.stream.blocks
-    names = _check_fit(original, windows, params, method.adapted)
+    found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in blocks.modules]
+    union = {name: shape for block in found for name, shape in block.items()}
+    _check_fit(original, windows)
+    spelled = resolved(params, found) if method.adapted else params
+    method = build(spelled)
     identity = _identity(original.folder, windows, params)
     store = BlockStore(work_folder(identity))
     count, spent = len(blocks.modules), store.cpu_seconds
     walk = Walk(
-        original.stream, windows, method, params, device, compute, original.dtype, store, progress,
+        original.stream, windows, method, spelled, device, compute, original.dtype, store, progress,
         lambda: spent + meter.reading()["cpu_seconds"],
     )  # fmt: skip
     walk.run()
@@ -74,10 +80,10 @@ def quantize(
         with original.stream.rest() as model:
             write_rest(folder / REST, model, blocks.path, original.dtype)
         write_index(folder, [*(block_file(index) for index in range(count)), REST], _shapes(store))
-        _write_config(original, folder, blocks.path, names, params)
+        _write_config(original, folder, blocks.path, list(union), params)
         if method.adapted:
             task = "CAUSAL_LM" if original.stream.model.can_generate() else None
-            _write_adapters(store, folder, blocks.path, names, params, task)
+            _write_adapters(store, folder, blocks.path, union, spelled, task)
         metrics = _metrics(store, folder, params)
         _write_losses(store, folder / "losses.csv")
         write_json(folder / "metrics.json", metrics)
@@ -89,17 +95,10 @@ def quantize(
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
 
 
-def _check_fit(original: FullPrecision, windows: Tensor | None, params: QuantizeParams, adapted: bool) -> list[str]:
-    """The names of the linears that the blocks hold, once model, windows and parameters are known to fit."""
+def _check_fit(original: FullPrecision, windows: Tensor | None) -> None:
     model = original.stream.model
-    found = {name: linear for block in original.stream.blocks.modules for name, linear in _shapes_of(block)}
-    smallest = min((min(linear.in_features, linear.out_features), name) for name, linear in found.items())
-    if adapted and params.rank > smallest[0]:
-        raise ApiqError(
-            f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}."
-        )
     if windows is None:
-        return list(found)
+        return
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and windows.shape[1] > context:
         raise ApiqError(
@@ -111,12 +110,6 @@ def _check_fit(original: FullPrecision, windows: Tensor | None, params: Quantize
             f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: "
             "they were made with another tokenizer."
         )
-    return list(found)
-
-
-def _shapes_of(block: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    """The linears of a block on the meta device, which is left as it is."""
-    return linears(unfuse(copy.deepcopy(block))).items()
 
 
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
@@ -158,14 +151,10 @@ def _write_config(original: FullPrecision, folder: Path, path: str, names: list[
 
 
 def _write_adapters(
-    store: BlockStore, folder: Path, path: str, names: list[str], params: QuantizeParams, task: str | None
+    store: BlockStore, folder: Path, path: str, linears: Shapes, params: QuantizeParams, task: str | None
 ) -> None:
-    state = {
-        model_key(path, index, name): value
-        for index, adapters in enumerate(store.adapters())
-        for name, value in adapters.items()
-    }
-    write_adapter(folder / "adapter", state, path, names, params.rank, params.alpha, task)
+    state = model_state(path, store.adapters(), TUNERS[params.adapter])
+    write_adapter(folder / "adapter", state, model_config(params, linears, path), task)
 
 
 def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from apiq.blocks.activations import batches
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.methods.descent import descend
-from apiq.methods.fitting import groups, solution, wrap
+from apiq.methods.fitting import Fit, Turn
 from apiq.params import QuantizeParams
 
 
@@ -26,6 +26,7 @@ class ApiqBlockwise:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
+        self.adapted = params.adapter != "none"
 
     def solve(self, problem: Problem) -> Solution:
         """Fit codes, clipping ranges and adapters of all linears of one block."""
@@ -34,7 +35,7 @@ class ApiqBlockwise:
         own = targets
         if params.second_term and problem.index > 0:
             own = Xq.mapped(problem.run, params.batch_size)
-        fakes = wrap(problem, params)
+        fit = Fit(problem, params)
         first = problem.error(params.batch_size)
 
         def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
@@ -44,12 +45,18 @@ class ApiqBlockwise:
                 return error, error
             return error + problem.distance(output, own[batch], batch), error
 
-        losses = descend(
-            groups(problem.block, list(fakes.values()), params),
-            loss_of,
-            batches(len(Xq), params.batch_size),
-            params.epochs,
-            lambda epoch, loss: problem.report(epoch / params.epochs, loss, f"epoch {epoch}/{params.epochs}"),
-            f"block {problem.index}",
-        )
-        return solution(problem, fakes, [Curve("block", [first, *losses])], first)
+        losses = [first]
+        for turn in fit.turns():
+
+            def report(epoch: int, loss: float, turn: Turn = turn) -> None:
+                problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
+
+            losses += descend(
+                fit.groups(turn),
+                loss_of,
+                batches(len(Xq), params.batch_size),
+                params.epochs,
+                report,
+                f"block {problem.index}",
+            )
+        return fit.solution([Curve("block", losses)], first)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from apiq.blocks.activations import Activations, batches
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
-from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.methods.descent import descend
-from apiq.methods.fitting import groups, solution, wrap
+from apiq.methods.fitting import Fit, Turn
 from apiq.params import QuantizeParams
 
 
@@ -30,26 +29,34 @@ class ApiqLayerwise:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
+        self.adapted = params.adapter != "none"
 
     def solve(self, problem: Problem) -> Solution:
         """Fit codes, clipping ranges and adapters of all linears of one block, in input order."""
         originals = problem.linears()
         order = input_order(problem, originals)
-        fakes = wrap(problem, self.params)
-        adapted = {name: problem.block.get_submodule(name) for name in originals}
+        fit = Fit(problem, self.params)
         start = problem.error(self.params.batch_size)
-        curves = []
-        for names in order:
-            _place(problem.block, originals)
-            X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
-            _place(problem.block, adapted)
-            Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
-            for name in names:
-                linear = _Linear(name, len(curves), len(originals), originals[name], adapted[name], fakes[name])
-                curves.append(self._fit(problem, linear, X, Xq))
-        return solution(problem, fakes, curves, start)
+        losses: dict[str, list[float]] = {}
+        for turn in fit.turns():
+            adapted = {name: problem.block.get_submodule(name) for name in originals}
+            number = 0
+            for names in order:
+                _place(problem.block, originals)
+                X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
+                _place(problem.block, adapted)
+                Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
+                for name in names:
+                    linear = _Linear(name, number, len(originals), originals[name], adapted[name])
+                    fitted = self._fit(problem, fit, turn, linear, X, Xq)
+                    losses[name] = losses[name] + fitted[1:] if name in losses else fitted
+                    number += 1
+        return fit.solution([Curve(name, values) for name, values in losses.items()], start)
 
-    def _fit(self, problem: Problem, linear: _Linear, X: Activations, Xq: Activations) -> Curve:
+    def _fit(
+        self, problem: Problem, fit: Fit, turn: Turn, linear: _Linear, X: Activations, Xq: Activations
+    ) -> list[float]:
+        """The loss of the linear before the turn and after each epoch of it."""
         params = self.params
         spans = batches(len(Xq), params.batch_size)
 
@@ -62,27 +69,24 @@ class ApiqLayerwise:
             return loss, loss
 
         def report(epoch: int, loss: float) -> None:
-            share = (linear.number + epoch / params.epochs) / linear.count
-            problem.report(share, loss, f"{linear.name} epoch {epoch}/{params.epochs}")
+            share = turn.share((linear.number + epoch / params.epochs) / linear.count)
+            problem.report(share, loss, f"{linear.name} {turn.label}epoch {epoch}/{params.epochs}")
 
         with torch.no_grad():
             first = sum(float(loss_of(span)[0]) * (span.stop - span.start) for span in spans) / len(Xq)
         where = f"linear {linear.name} of block {problem.index}"
-        trained = groups(linear.adapted, [linear.fake], params)
-        losses = descend(trained, loss_of, spans, params.epochs, report, where)
-        return Curve(linear.name, [first, *losses])
+        return [first, *descend(fit.groups(turn, linear.name), loss_of, spans, params.epochs, report, where)]
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear to be fitted, in its three forms."""
+    """A linear to be fitted, as it was and as it is trained."""
 
     name: str
     number: int
     count: int
     original: nn.Module
     adapted: nn.Module
-    fake: FakeQuantLinear
 
 
 @torch.no_grad()
