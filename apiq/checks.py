@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apiq.adapters.tuners import TUNERS
 from apiq.calibration.corpora import NAMES, SUFFIXES
 from apiq.calibration.hub import CORPORA
 from apiq.errors import ApiqError
@@ -46,6 +47,11 @@ def check(params: Params, config: Config | None) -> None:
         raise ApiqError(
             "quantize.method is rtn, which leaves no adapters to finetune; the pipeline takes apiq-bw or apiq-lw, "
             "and `apiq quantize --method rtn` rounds without it."
+        )
+    if params.quantize.adapter == "none":
+        raise ApiqError(
+            "quantize.adapter is none, which leaves nothing to finetune; the pipeline takes an adapter such as lora, "
+            "and `apiq quantize --adapter none` fits the ranges alone."
         )
 
 
@@ -106,7 +112,7 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
     if config is None:
         return
     sides = _sides(config)
-    if sides and quantize.method != "rtn":
+    if sides and quantize.method != "rtn" and quantize.adapter != "none" and TUNERS[quantize.adapter].bounded:
         name, smallest = min(sides.items(), key=lambda side: side[1])
         if quantize.rank > smallest:
             allowed = f"at most {smallest}, the smallest side of a linear ({name})"

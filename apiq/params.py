@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from apiq.adapters.tuners import REFUSED
 from apiq.errors import ApiqError
 from apiq.refusals import require, sentence
 
@@ -21,6 +22,11 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, le=10)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Method = Literal["rtn", "apiq-lw", "apiq-bw"]
+Adapter = Literal[
+    "none", "lora", "rslora", "dora", "pissa", "olora", "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora",
+    "fourierft", "gralora", "hira", "hiwi", "houlsby", "hra", "ia3", "loha", "lokr", "miss", "oft", "osf", "peanut",
+    "psoft", "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "vblora", "vera", "waveft",
+]  # fmt: skip
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -110,9 +116,17 @@ class QuantizeParams(Section):
     symmetric: bool = False
     """Fixed zero point 2^(b-1) instead of a learned one."""
     rank: Positive = 64
-    """Rank r of the adapters A (in x r) and B (out x r)."""
+    """Rank r of the adapters A (in x r) and B (out x r), or what sets the size of another kind of adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    """LoRA scaling: the adapters act as alpha / r * A B^T."""
+    """LoRA scaling: the adapters act as alpha / r * A B^T. Only for adapters that have it."""
+    adapter: Adapter = "lora"
+    """What is trained beside the codes: a tuner of PEFT, hiwi, houlsby, or none for the quantizer alone.
+    docs/reference/adapters.md lists them, with what rank and alpha are for each."""
+    adapter_targets: Annotated[list[str], Field(min_length=1)] = ["all"]
+    """Linears that carry adapters: all, attn, ffn, names as in self_attn.q_proj, or ends of names as in q_proj.
+    The others are quantized all the same."""
+    adapter_options: dict[str, Any] = {}
+    """More fields of the tuner's config in PEFT, as in {use_dora: true}."""
     epochs: Annotated[int, Field(ge=0)] = 20
     """Passes over the calibration windows for each block (or layer)."""
     batch_size: Positive = 1
@@ -132,9 +146,9 @@ class QuantizeParams(Section):
     decay_theta: Decay = 0.1
     """AdamW weight decay of gamma and beta; pulls the clipping factors towards sigmoid(0) = 1/2."""
     lr_adapter: Rate = 0.0005
-    """Learning rate of A and B."""
+    """Learning rate of A and B, or of the parameters of another adapter."""
     decay_adapter: Decay = 0.1
-    """AdamW weight decay of A and B."""
+    """AdamW weight decay of A and B. Biases, and scales that do nothing at 1, are spared."""
     second_term: bool = True
     """Add the second loss term of the authors' code, which is not in the paper (apiq-bw only):
     the full-precision block on the quantized input is a second target."""
@@ -147,6 +161,20 @@ class QuantizeParams(Section):
     folder; auto takes the first in which they fill at most half of what is free."""
     seed: Seed = 0
     """Seed of the initial A and of every random choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usable(cls, values: Any) -> Any:
+        name = values.get("adapter") if isinstance(values, Mapping) else None
+        reason = REFUSED.get(name) if isinstance(name, str) else None
+        require(reason is None, "adapter", name, f"another one: {reason}")
+        return values
+
+    @field_validator("adapter_targets", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One text is a list too: attn, or q_proj,v_proj."""
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _combinations(self) -> QuantizeParams:

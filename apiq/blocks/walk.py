@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from apiq import parallel
-from apiq.adapters import lora
+from apiq.adapters.injection import Adapters
+from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import Activations, Home, choose_home, mean_squared_error
 from apiq.blocks.architecture import replace
 from apiq.blocks.capture import BlockCall, capture, counted
@@ -29,7 +30,7 @@ from apiq.blocks.store import BlockStore, replacing
 from apiq.blocks.stream import ModelStream
 from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint.layout import block_file
-from apiq.checkpoint.writing import shapes, write_block
+from apiq.checkpoint.writing import shapes, stored, write_block
 from apiq.errors import ApiqError
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, Step
@@ -157,10 +158,10 @@ def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage
     """Rebuild a block from its solution as it will be loaded; return its adapters in their stored precision."""
     for name, packed in solution.linears.items():
         replace(block, name, packed)
-    adapters = {name: value.to(storage) for name, value in solution.adapters.items()}
-    if adapters:
-        lora.inject(block, solution.linears, params.rank, params.alpha, seed=0)
-        lora.load(block, adapters)
+    if not solution.adapters:
+        return {}
+    adapters = {name: stored(value, storage) for name, value in solution.adapters.items()}
+    Adapters(block, params, linear_shapes(solution.linears), seed=0).load(adapters)
     return adapters
 
 

@@ -12,9 +12,8 @@ from apiq import parallel
 from apiq.blocks.activations import Activations, Batch, at_once, batches
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
-from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.methods.descent import Objective, descend
-from apiq.methods.fitting import groups, solution, wrap
+from apiq.methods.fitting import Fit, Turn, joined
 from apiq.params import QuantizeParams
 
 
@@ -31,28 +30,33 @@ class ApiqLayerwise:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
+        self.adapted = params.adapter != "none"
 
     def solve(self, problem: Problem) -> Solution:
         """Fit codes, clipping ranges and adapters of all linears of one block, in input order."""
         originals = problem.linears()
         order = input_order(problem, originals)
-        fakes = wrap(problem, self.params)
-        adapted = {name: problem.block.get_submodule(name) for name in originals}
+        fit = Fit(problem, self.params)
         start = problem.error(self.params.batch_size)
         curves: list[Curve] = []
-        number = 0
-        for names in order:
-            _place(problem.block, originals)
-            X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
-            _place(problem.block, adapted)
-            Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
-            for name in names:
-                linear = _Linear(name, number, len(originals), originals[name], adapted[name], fakes[name])
-                number += 1
-                curves += self._fit(problem, linear, X, Xq)
-        return solution(problem, fakes, curves, start)
+        for turn in fit.turns():
+            adapted = {name: problem.block.get_submodule(name) for name in originals}
+            number = 0
+            for names in order:
+                _place(problem.block, originals)
+                X = _inputs(problem, problem.X, originals[names[0]], self.params.batch_size)
+                _place(problem.block, adapted)
+                Xq = _inputs(problem, problem.Xq, adapted[names[0]], self.params.batch_size)
+                for name in names:
+                    linear = _Linear(name, number, len(originals), originals[name], adapted[name])
+                    curves = joined(curves, self._fit(problem, fit, turn, linear, X, Xq))
+                    number += 1
+        return fit.solution(curves, start)
 
-    def _fit(self, problem: Problem, linear: _Linear, X: Activations, Xq: Activations) -> list[Curve]:
+    def _fit(
+        self, problem: Problem, fit: Fit, turn: Turn, linear: _Linear, X: Activations, Xq: Activations
+    ) -> list[Curve]:
+        """The losses of the linear before the turn and after each epoch of it."""
         params = self.params
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -64,8 +68,8 @@ class ApiqLayerwise:
             return loss, loss
 
         def report(epoch: int, loss: float) -> None:
-            share = (linear.number + epoch / params.epochs) / linear.count
-            problem.report(share, loss, f"{linear.name} epoch {epoch}/{params.epochs}")
+            share = turn.share((linear.number + epoch / params.epochs) / linear.count)
+            problem.report(share, loss, f"{linear.name} {turn.label}epoch {epoch}/{params.epochs}")
 
         with torch.no_grad():
             spans = batches(len(Xq), at_once(Xq, params.batch_size))
@@ -73,23 +77,23 @@ class ApiqLayerwise:
             weights = torch.tensor(float(sum(problem.weight(span) for span in spans)), device=Xq.device)
             total, weight = parallel.add(torch.stack([torch.stack(shares).sum(), weights]))
             first = float(total) / max(float(weight), 1.0)
-        scale = problem.loss_scale(Xq.rows.shape[1] * linear.fake.out_features * params.batch_size)
+        scale = problem.loss_scale(Xq.rows.shape[1] * fit.fakes[linear.name].out_features * params.batch_size)
         where = f"linear {linear.name} of block {problem.index}"
         objective = Objective(loss_of, len(Xq), where, problem.weight, linear.adapted, scale)
-        trained = groups(linear.adapted, [linear.fake], params)
-        return descend(trained, objective, params, problem.seed, report).curves(linear.name, first)
+        return descend(fit.groups(turn, linear.name), objective, params, problem.seed, report).curves(
+            linear.name, first
+        )
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear to be fitted, in its three forms."""
+    """A linear to be fitted, as it was and as it is trained."""
 
     name: str
     number: int
     count: int
     original: nn.Module
     adapted: nn.Module
-    fake: FakeQuantLinear
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from apiq.adapters.injection import parameters
 from apiq.blocks.activations import Activations
 from apiq.blocks.capture import BlockCall, capture
 from apiq.blocks.problem import Problem
@@ -107,8 +108,9 @@ class Trial:
         """Seconds of a forward and backward through the deployed `block` on a batch of (batch, length)."""
         call = self.calls(shape[1])[0]
         hidden = torch.randn(*shape, self.width, device=self.device).requires_grad_()
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+        block.requires_grad_(False)
+        for parameter in parameters(block).values():
+            parameter.requires_grad_(True)
 
         def step() -> None:
             with self.precision(dtype):

@@ -8,13 +8,13 @@ import copy
 import torch
 from torch import nn
 
-from apiq.adapters import lora
+from apiq.adapters.injection import parameters
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
 from apiq.grids.affine import Grid
 from apiq.methods import METHODS
-from apiq.methods.fitting import wrap
+from apiq.methods.fitting import Fit
 from apiq.params import QuantizeParams
 from apiq.planning.memory import BlockSizes
 from apiq.planning.size import PackedBlock
@@ -44,7 +44,7 @@ def fitting_pass(
             index=0, block=block, call=call, X=None, Xq=None, targets=None, seed=0,
             autocast=contextlib.nullcontext, report=lambda share, loss, detail: None,
         )  # fmt: skip
-        wrap(problem, params)
+        Fit(problem, params)
     weights = compute if compute == torch.float32 else storage
     return count_pass(block, call, shape, weights, compute, device)
 
@@ -54,7 +54,7 @@ def training_pass(
 ) -> Pass:
     """Forward and backward of a packed block with trainable adapters on a batch (batch, length, width)."""
     block = copy.deepcopy(packed.module).requires_grad_(False).to(compute)
-    for parameter in lora.parameters(block).values():
+    for parameter in parameters(block).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return count_pass(block, call, shape, compute, compute, device)
