@@ -97,6 +97,13 @@ class Activations:
     def __setitem__(self, batch: slice, value: Tensor) -> None:
         self.rows[batch].copy_(value.detach(), non_blocking=False)
 
+    def moved(self, home: Home) -> Activations:
+        """A copy at another home."""
+        result = Activations.empty(tuple(self.rows.shape), self.rows.dtype, home)
+        for batch in batches(len(self), 1):
+            result[batch] = self.rows[batch]
+        return result
+
     def like(self) -> Activations:
         """Room of the same shape, dtype and home."""
         return Activations.empty(tuple(self.rows.shape), self.rows.dtype, self.home)

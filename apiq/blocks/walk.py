@@ -32,6 +32,7 @@ from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint.layout import block_file
 from apiq.checkpoint.writing import shapes, stored, write_block
 from apiq.errors import ApiqError
+from apiq.memory import OutOfMemory
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, Step
 
@@ -63,16 +64,30 @@ class Walk:
         count, done = len(self.stream.blocks.modules), len(self.store.records)
         X, Xq, calls = self._start(done)
         for index in range(done, count):
-            block = self.stream.load_block(index, self.device)
-            self._require_finite(block, index)
-            unfuse(block).requires_grad_(False)
-            problem = self._problem(block, index, calls[index], X, Xq)
-            solution = self.method.solve(problem)
-            adapters = deploy(block, solution, self.params, self.storage)
-            X, Xq, last = problem.targets, *self._propagate(problem)
-            self._save(block, index, adapters, X, Xq)
-            self._finish(block, index, solution, last)
-            self.stream.drop_block(index)
+            try:
+                X, Xq = self._block(index, calls[index], X, Xq)
+            except OutOfMemory:
+                if X is None or Xq is None or not movable(X):
+                    raise
+                alike, memory = Xq is X, Home("memory", self.device)
+                X = X.moved(memory)
+                Xq = X if alike else Xq.moved(memory)
+                X, Xq = self._block(index, calls[index], X, Xq)
+
+    def _block(
+        self, index: int, call: BlockCall, X: Activations | None, Xq: Activations | None
+    ) -> tuple[Activations | None, Activations | None]:
+        """Quantize block `index`; its outputs in the full-precision and in the quantized model."""
+        block = self.stream.load_block(index, self.device)
+        self._require_finite(block, index)
+        unfuse(block).requires_grad_(False)
+        problem = self._problem(block, index, call, X, Xq)
+        solution = self.method.solve(problem)
+        adapters = deploy(block, solution, self.params, self.storage)
+        Xq, last = self._propagate(problem)
+        self._save(block, index, adapters, problem.targets, Xq)
+        self._finish(block, index, solution, last)
+        return problem.targets, Xq
 
     def _start(self, done: int) -> tuple[Activations | None, Activations | None, list[BlockCall]]:
         count = len(self.stream.blocks.modules)
@@ -152,6 +167,11 @@ class Walk:
                     f"the weight {self.stream.blocks.path}.{index}.{name} of the model holds a value that is not "
                     "finite; nothing sensible can be quantized from it, get the model again."
                 )
+
+
+def movable(X: Activations) -> bool:
+    """Whether the activations take memory from the device that they could do without."""
+    return X.home.kind == "device" and X.device.type != "cpu"
 
 
 def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage: torch.dtype) -> dict[str, Tensor]:
