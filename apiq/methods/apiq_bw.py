@@ -9,6 +9,8 @@ from apiq.blocks.problem import Problem, Solution
 from apiq.layers.joint import jointly
 from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import groups, solution, wrap
+from apiq.methods.flat import names
+from apiq.methods.inputs import counting, never_reached
 from apiq.params import QuantizeParams
 
 
@@ -36,7 +38,8 @@ class ApiqBlockwise:
         if params.second_term and problem.index > 0:
             own = Xq.mapped(problem.run, params.batch_size)
         fakes = wrap(problem, params)
-        first = problem.error(params.batch_size)
+        with counting(problem.block, fakes) as tokens:
+            first = problem.error(params.batch_size)
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
@@ -50,8 +53,11 @@ class ApiqBlockwise:
 
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
         where = f"block {problem.index}"
-        objective = Objective(loss_of, len(Xq), where, problem.weight, problem.block, scale)
+        objective = Objective(loss_of, len(Xq), where, problem.weight, names(problem.block), scale)
         trained = groups(problem.block, list(fakes.values()), params)
         with jointly(problem.block):
             trace = descend(trained, objective, params, problem.seed, report)
-        return solution(problem, fakes, trace.curves("block", first), first)
+        unreached = never_reached(tokens, Xq.device)
+        for name in unreached:
+            fakes[name].fit_to_weight()
+        return solution(problem, fakes, trace.curves("block", first), first, unreached)

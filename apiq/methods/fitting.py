@@ -37,7 +37,9 @@ def groups(module: nn.Module, fakes: list[FakeQuantLinear], params: QuantizePara
     ]
 
 
-def solution(problem: Problem, fakes: dict[str, FakeQuantLinear], curves: list[Curve], start: float) -> Solution:
+def solution(
+    problem: Problem, fakes: dict[str, FakeQuantLinear], curves: list[Curve], start: float, unreached: list[str]
+) -> Solution:
     """The packed linears and adapters as they were trained."""
     adapters = {name: value.detach() for name, value in lora.parameters(problem.block).items()}
-    return Solution({name: fake.packed() for name, fake in fakes.items()}, adapters, curves, start)
+    return Solution({name: fake.packed() for name, fake in fakes.items()}, adapters, curves, start, unreached)
