@@ -9,6 +9,8 @@ from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.joint import jointly
 from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import Fit, Turn, joined
+from apiq.methods.flat import names
+from apiq.methods.inputs import counting, never_reached
 from apiq.params import QuantizeParams
 
 
@@ -37,7 +39,9 @@ class ApiqBlockwise:
         if params.second_term and problem.index > 0:
             own = Xq.mapped(problem.run, params.batch_size)
         fit = Fit(problem, params)
-        first = problem.error(params.batch_size)
+        with counting(problem.block, fit.fakes) as tokens:
+            first = problem.error(params.batch_size)
+        fit.leave(never_reached(tokens, Xq.device))
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
@@ -47,13 +51,15 @@ class ApiqBlockwise:
             return error + problem.distance(output, own[batch], batch), error
 
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
-        objective = Objective(loss_of, len(Xq), f"block {problem.index}", problem.weight, problem.block, scale)
         curves: list[Curve] = []
         for turn in fit.turns():
 
             def report(epoch: int, loss: float, turn: Turn = turn) -> None:
                 problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
 
+            objective = Objective(
+                loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale
+            )
             with jointly(problem.block):
                 trace = descend(fit.groups(turn), objective, params, problem.seed, report)
             curves = joined(curves, trace.curves("block", first))

@@ -59,6 +59,7 @@ class Fit:
         self.tuner: Tuner | None = None
         self.adapters: Adapters | None = None
         self.fakes: dict[str, FakeQuantLinear] = {}
+        self.unreached: list[str] = []
         problem.block.requires_grad_(False)
         originals = problem.linears()
         self.shapes = shapes(originals)
@@ -72,6 +73,13 @@ class Fit:
         for fake in self.fakes.values():
             fake.gamma.requires_grad_(True)
             fake.beta.requires_grad_(True)
+
+    def leave(self, names: list[str]) -> None:
+        """Fit the ranges of linears that no calibration token reaches to their weights, and leave it at that."""
+        for name in names:
+            if name not in self.unreached:
+                self.fakes[name].fit_to_weight()
+                self.unreached.append(name)
 
     def turns(self) -> Iterator[Turn]:
         """What is to be trained, in order; between two turns the block changes.
@@ -96,7 +104,7 @@ class Fit:
         """
         params, groups = self.params, []
         if turn.grid:
-            fakes = [self.fakes[name]] if name else list(self.fakes.values())
+            fakes = [fake for key, fake in self.fakes.items() if key not in self.unreached and name in ("", key)]
             theta = [parameter for fake in fakes for parameter in (fake.gamma, fake.beta)]
             groups.append(Group(theta, params.lr_theta, params.decay_theta))
         if turn.adapters and self.adapters is not None:
@@ -108,7 +116,8 @@ class Fit:
     def solution(self, curves: list[Curve], start: float) -> Solution:
         """The packed linears and adapters as they were trained."""
         adapters = {} if self.adapters is None else self.adapters.state()
-        return Solution({name: fake.packed() for name, fake in self.fakes.items()}, adapters, curves, start)
+        packed = {name: fake.packed() for name, fake in self.fakes.items()}
+        return Solution(packed, adapters, curves, start, self.unreached)
 
     def _move_weight(self, originals: dict[str, nn.Linear]) -> None:
         """Put adapters on copies of the linears, which they take a part of the weight from."""
