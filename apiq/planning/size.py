@@ -35,7 +35,7 @@ _ORDER = list(_NAMES)
 _MANIFEST_LINE = 110
 """Bytes that the manifest spends on a file: its name and its SHA-256."""
 _SETTINGS = 4096
-"""Bytes of the small files together: config.json, generation_config.json, adapter_config.json, the rest of apiq.json."""
+"""Bytes of the small files together: configurations, metrics, the rest of the manifest."""
 
 
 @dataclass(frozen=True)
