@@ -15,7 +15,7 @@ from apiq.errors import ApiqError
 from apiq.layers import joint
 from apiq.layers.joint import jointly
 from apiq.methods import build
-from apiq.methods.fitting import wrap
+from apiq.methods.fitting import Fit
 from apiq.params import QuantizeParams
 from benchmarks.reference import ReferenceLinear, reference_block
 
@@ -56,7 +56,7 @@ def make(outlier=0.0, autocast=contextlib.nullcontext):
 def test_gradients_are_those_of_algorithm_1_written_down_for_autograd(group, limit, monkeypatch):
     monkeypatch.setattr(joint, "LIMIT", limit)
     problem = make()
-    wrap(problem, settings(group_size=group))
+    Fit(problem, settings(group_size=group))
     with torch.no_grad():
         for name, parameter in problem.block.named_parameters():
             if "lora_B" in name:
