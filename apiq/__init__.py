@@ -1,6 +1,6 @@
 """ApiQ: large language models in a few bits, with adapters that undo the damage (arXiv 2402.05147).
 
-Importing `apiq` registers its checkpoints with transformers, so that
+Importing `apiq` registers its checkpoints with transformers and its adapters with PEFT, so that
 `AutoModelForCausalLM.from_pretrained(FOLDER)` and `PeftModel.from_pretrained(model, FOLDER/"adapter")`
 work. The import itself is light: the registration waits for transformers to be imported.
 """
@@ -37,6 +37,11 @@ def __getattr__(name: str) -> Any:
     if name not in _CALLS:
         raise AttributeError(f"module 'apiq' has no attribute {name!r}")
     return getattr(importlib.import_module(_CALLS[name]), name)
+
+
+@wrapt.when_imported("peft")
+def _register_adapters(module: Any) -> None:
+    importlib.import_module("apiq.adapters.houlsby")
 
 
 @wrapt.when_imported("transformers.quantizers.auto")

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apiq.adapters.tuners import TUNERS
 from apiq.calibration.corpora import NAMES, SUFFIXES
 from apiq.calibration.hub import CORPORA
 from apiq.errors import ApiqError
 from apiq.files import read_json
+from apiq.method_params import WITHOUT_ADAPTERS
 from apiq.params import CalibrationParams, EvaluateParams, FinetuneParams, ModelParams, Params, QuantizeParams
 
 Config = Mapping[str, Any]
@@ -42,11 +44,16 @@ def check(params: Params, config: Config | None) -> None:
     check_finetune(params.finetune, config)
     check_evaluate(params.evaluate, config)
     check_apart(params.calibration, params.evaluate)
-    if not params.quantize.adapted:
+    if params.quantize.method in WITHOUT_ADAPTERS:
         method = params.quantize.method
         raise ApiqError(
             f"quantize.method is {method}, which leaves no adapters to finetune; the pipeline takes a method with "
             f"adapters, such as apiq-bw, and `apiq quantize --method {method}` quantizes without it."
+        )
+    if params.quantize.adapter == "none":
+        raise ApiqError(
+            "quantize.adapter is none, which leaves nothing to finetune; the pipeline takes an adapter such as lora, "
+            "and `apiq quantize --adapter none` fits the ranges alone."
         )
 
 
@@ -107,7 +114,7 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
     if config is None:
         return
     sides = _sides(config)
-    if sides and quantize.adapted:
+    if sides and quantize.adapted and TUNERS[quantize.adapter].bounded:
         name, smallest = min(sides.items(), key=lambda side: side[1])
         if quantize.rank > smallest:
             allowed = f"at most {smallest}, the smallest side of a linear ({name})"

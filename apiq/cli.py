@@ -44,6 +44,8 @@ def quantize(
     group_size: Annotated[int | None, field(QuantizeParams, "group_size")] = None,
     symmetric: Annotated[bool | None, field(QuantizeParams, "symmetric", "--symmetric/--asymmetric")] = None,
     rank: Annotated[int | None, field(QuantizeParams, "rank")] = None,
+    adapter: Annotated[str | None, field(QuantizeParams, "adapter")] = None,
+    adapter_targets: Annotated[str | None, field(QuantizeParams, "adapter_targets", default="all")] = None,
     epochs: Annotated[int | None, field(QuantizeParams, "epochs")] = None,
     batch_size: Annotated[int | None, field(QuantizeParams, "batch_size")] = None,
     calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration")] = None,
@@ -73,7 +75,8 @@ def quantize(
 
     given = {
         "quantize": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank,
-                     "epochs": epochs, "batch_size": batch_size, "device": device, "seed": seed},
+                     "adapter": adapter, "adapter_targets": adapter_targets, "epochs": epochs,
+                     "batch_size": batch_size, "device": device, "seed": seed},
         "calibration": {"corpus": calibration, "windows": windows, "length": length, "column": column, "join": join,
                         "seed": seed},
     }  # fmt: skip

@@ -63,7 +63,7 @@ def doctor(as_json: Json = False) -> None:
     """
     from apiq.doctor.examine import examine
 
-    console, findings = Console(), []
+    console, findings = Console(file=sys.stdout), []  # the real one, also where stdout is redirected
     with contextlib.redirect_stdout(sys.stderr):
         for finding in examine():
             findings.append(dataclasses.asdict(finding))
@@ -101,7 +101,8 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     model, made, bits = result["model"], result["result"], result["result"]["bits"]
     rows = [
         ("model", f"{model['source']} ({model['kind']}, {model['blocks']} blocks of width {model['width']})"),
-        ("parameters", f"{model['parameters']:,}, of them quantized {model['quantized_weights']:,}; {decimal(model['bytes'])}"),
+        ("parameters", f"{model['parameters']:,} in {decimal(model['bytes'])}, "
+                       f"of them quantized {model['quantized_weights']:,}"),
         ("effective bits", f"{bits['total']:.3f} = " + " + ".join(
             f"{part} {bits[part]:.3f}" for part in ("codes", "scales", "zeros", "adapters"))),
         ("result", f"{decimal(made['bytes'])}, of them adapters {decimal(made['adapter_bytes'])}"),

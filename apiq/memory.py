@@ -9,14 +9,18 @@ import torch
 from apiq.errors import ApiqError
 
 
+class OutOfMemory(ApiqError):
+    """Work on a single window does not fit into the memory of the device."""
+
+
 def halved(size: int, what: str) -> int:
     """The next smaller number of windows to try after `size` did not fit.
 
     Raises:
-        ApiqError: it was one window already; names `what` did not fit.
+        OutOfMemory: it was one window already; names `what` did not fit.
     """
     if size == 1:
-        raise ApiqError(
+        raise OutOfMemory(
             f"the device has not enough memory for {what} with one calibration window; make calibration.length "
             "shorter, take quantize.method apiq-lw, or set quantize.device to one with more memory."
         )
@@ -29,7 +33,7 @@ def in_parts(count: int, size: int, do: Callable[[slice], None], what: str) -> N
     """Call `do` for slices of at most `size` that cover 0 .. count in order; halve the size where memory runs out.
 
     Raises:
-        ApiqError: not even one window fits; names `what`.
+        OutOfMemory: not even one window fits; names `what`.
     """
     start = 0
     while start < count:

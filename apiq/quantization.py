@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from apiq.adapters.lora import model_key
+from apiq import parallel
+from apiq.adapters.configuration import model_config, resolved
+from apiq.adapters.injection import model_state
+from apiq.adapters.targets import Shapes, shapes
+from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears
 from apiq.blocks.store import BlockStore
 from apiq.blocks.unfuse import unfuse
@@ -45,43 +49,50 @@ def quantize(
 
     Returns:
         `effective_bits` in all and `bits` by part, `blocks` with the mean squared error of each block's
-        output before and after (`loss_first`, `loss_last`), `seconds`, `cpu_seconds`, `peak_memory_mb`.
+        output before and after (`loss_first`, `loss_last`), `unreached` linears where there are any, `seconds`,
+        `cpu_seconds`, `peak_memory_mb`.
 
     Raises:
         ApiqError: the model, the windows and the parameters do not fit together, a weight or a loss is
             not finite, or a file is damaged.
     """
     meter = Meter()
+    device = parallel.join(pick_device(params.device))
     method = build(params)
-    if method.calibrated and windows is None:
-        raise ApiqError(
-            f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn."
-        )
-    device = pick_device(params.device)
+    _check_windows(windows, params, method.calibrated)
+    own, part = (None, params.batch_size) if windows is None else parallel.share(windows, params.batch_size)
     compute = pick_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
-    names = _check_fit(original, windows, params, method.adapted)
+    blocks = original.stream.blocks
+    found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in blocks.modules]
+    union = {name: shape for block in found for name, shape in block.items()}
+    _check_fit(original, windows)
+    spelled = resolved(params, found) if method.adapted else params
+    solved = spelled.model_copy(update={"batch_size": part})
     identity = _identity(original.folder, windows, params)
-    with alone(work_folder(identity)) as work:
+    folder = work_folder(identity)
+    with alone(folder) if parallel.rank() == 0 else contextlib.nullcontext(folder) as work:
         store = BlockStore(work)
         spent = store.cpu_seconds
         Walk(
-            original.stream, windows, method, params, device, compute, original.dtype, store, progress,
+            original.stream, own, build(solved), solved, device, compute, original.dtype, store, progress,
             lambda: spent + meter.reading()["cpu_seconds"],
         ).run()  # fmt: skip
-        with new_folder(out) as folder:
-            metrics = _write(folder, original, store, names, params, method.adapted)
-            facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
-            manifest.write(folder, "quantized", **facts)
-        shutil.rmtree(work)
-    cost = meter.reading()
+        if parallel.rank() == 0:
+            with new_folder(out) as folder:
+                _write(folder, original, store, union, spelled, method.adapted)
+                facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
+                manifest.write(folder, "quantized", **facts)
+            shutil.rmtree(work)
+        parallel.wait()
+    metrics, cost = read_json(Path(out) / "metrics.json"), meter.reading()
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}
 
 
 def _write(
-    folder: Path, original: FullPrecision, store: BlockStore, names: list[str], params: QuantizeParams, adapted: bool
-) -> dict[str, Any]:
-    """Write the checkpoint of finished work to `folder`; its metrics."""
+    folder: Path, original: FullPrecision, store: BlockStore, union: Shapes, params: QuantizeParams, adapted: bool
+) -> None:
+    """Write the checkpoint of finished work to `folder`."""
     blocks = original.stream.blocks
     files = [block_file(index) for index in range(len(blocks.modules))]
     for file in files:
@@ -89,27 +100,30 @@ def _write(
     with original.stream.rest() as model:
         write_rest(folder / REST, model, blocks.path, original.dtype)
     write_index(folder, [*files, REST], _shapes(store))
-    _write_config(original, folder, blocks.path, names, params)
+    _write_config(original, folder, blocks.path, list(union), params)
     if adapted:
         task = "CAUSAL_LM" if original.stream.model.can_generate() else None
-        _write_adapters(store, folder, blocks.path, names, params, task)
-    metrics = _metrics(store, folder, params)
+        _write_adapters(store, folder, blocks.path, union, params, task)
     _write_losses(store, folder / "losses.csv")
-    write_json(folder / "metrics.json", metrics)
-    return metrics
+    write_json(folder / "metrics.json", _metrics(store, folder, params))
 
 
-def _check_fit(original: FullPrecision, windows: Tensor | None, params: QuantizeParams, adapted: bool) -> list[str]:
-    """The names of the linears that the blocks hold, once model, windows and parameters are known to fit."""
-    model = original.stream.model
-    found = {name: linear for block in original.stream.blocks.modules for name, linear in _shapes_of(block)}
-    smallest = min((min(linear.in_features, linear.out_features), name) for name, linear in found.items())
-    if adapted and params.rank > smallest[0]:
+def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: bool) -> None:
+    if calibrated and windows is None:
         raise ApiqError(
-            f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}."
+            f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn."
         )
+    if parallel.size() > 1 and (params.shuffle or params.held_out):
+        raise ApiqError(
+            f"quantize.shuffle and quantize.held_out must be off with several processes, found {params.shuffle} and "
+            f"{params.held_out}: each process holds its own windows."
+        )
+
+
+def _check_fit(original: FullPrecision, windows: Tensor | None) -> None:
+    model = original.stream.model
     if windows is None:
-        return list(found)
+        return
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and windows.shape[1] > context:
         raise ApiqError(
@@ -121,12 +135,6 @@ def _check_fit(original: FullPrecision, windows: Tensor | None, params: Quantize
             f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: "
             "they were made with another tokenizer."
         )
-    return list(found)
-
-
-def _shapes_of(block: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    """The linears of a block on the meta device, which is left as it is."""
-    return linears(unfuse(copy.deepcopy(block))).items()
 
 
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
@@ -143,6 +151,7 @@ def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> d
         "code": code_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": parallel.size(),
     }
 
 
@@ -166,24 +175,22 @@ def _write_config(original: FullPrecision, folder: Path, path: str, names: list[
 
 
 def _write_adapters(
-    store: BlockStore, folder: Path, path: str, names: list[str], params: QuantizeParams, task: str | None
+    store: BlockStore, folder: Path, path: str, linears: Shapes, params: QuantizeParams, task: str | None
 ) -> None:
-    state = {
-        model_key(path, index, name): value
-        for index, adapters in enumerate(store.adapters())
-        for name, value in adapters.items()
-    }
-    write_adapter(folder / "adapter", state, path, names, params.rank, params.alpha, task)
+    state = model_state(path, store.adapters(), TUNERS[params.adapter])
+    write_adapter(folder / "adapter", state, model_config(params, linears, path), task)
 
 
 def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[str, Any]:
     bits = effective_bits(folder).as_dict()
     blocks = [{key: record[key] for key in ("name", "loss_first", "loss_last")} for record in store.records]
+    unreached = [name for record in store.records for name in record["unreached"]]
     return {
         "method": params.method,
         "effective_bits": bits["total"],
         "bits": bits,
         "blocks": blocks,
+        **({"unreached": unreached} if unreached else {}),
     }
 
 

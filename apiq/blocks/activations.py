@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from apiq import parallel
 from apiq.memory import in_parts
 
 Batch = slice | Tensor
@@ -96,6 +97,13 @@ class Activations:
     def __setitem__(self, batch: slice, value: Tensor) -> None:
         self.rows[batch].copy_(value.detach(), non_blocking=False)
 
+    def moved(self, home: Home) -> Activations:
+        """A copy at another home."""
+        result = Activations.empty(tuple(self.rows.shape), self.rows.dtype, home)
+        for batch in batches(len(self), 1):
+            result[batch] = self.rows[batch]
+        return result
+
     def like(self) -> Activations:
         """Room of the same shape, dtype and home."""
         return Activations.empty(tuple(self.rows.shape), self.rows.dtype, self.home)
@@ -144,4 +152,5 @@ def mean_squared_error(
 
     in_parts(len(targets), at_once(targets, batch_size), add, "a forward pass of a block")
     entries = targets.rows.numel() if counted is None else int(counted.sum()) * targets.rows.shape[-1]
-    return float(total) / max(entries, 1)
+    both = parallel.add(torch.stack([total, torch.full_like(total, entries)]))
+    return float(both[0]) / max(float(both[1]), 1.0)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from apiq import parallel
 from apiq.blocks.activations import Activations, Home, batches
 from apiq.errors import ApiqError
 from apiq.files import read_json, write_json
@@ -72,11 +73,15 @@ class BlockStore:
         """Declare the next block finished, and drop the activations that it started from."""
         self.records.append(record)
         self.cpu_seconds = cpu_seconds
-        write_json(self.folder / STATE, {"records": self.records, "cpu_seconds": cpu_seconds})
+        parallel.wait()  # for what the other processes write
+        if parallel.rank() == 0:
+            write_json(self.folder / STATE, {"records": self.records, "cpu_seconds": cpu_seconds})
+        parallel.wait()
         self._activations(len(self.records) - 1).unlink(missing_ok=True)
 
     def _activations(self, index: int) -> Path:
-        return self.folder / f"activations-{index:03d}.safetensors"
+        own = f"-{parallel.rank()}" if parallel.size() > 1 else ""
+        return self.folder / f"activations-{index:03d}{own}.safetensors"
 
 
 def write_rows(path: Path, activations: Mapping[str, Activations]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,15 +56,12 @@ class ModelStream:
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """Block `index` with its weights, on `device`, in evaluation mode."""
-        prefix = f"{self.blocks.path}.{index}."
+        prefix, empty = f"{self.blocks.path}.{index}.", copy.deepcopy(self.blocks.modules[index])
         self._load(lambda name: name.startswith(prefix), device)
         block = self.blocks.modules[index]
+        self.blocks.modules[index] = empty  # the skeleton stays as it is, the block is the caller's
         self._require_loaded(block, prefix)
         return block.eval()
-
-    def drop_block(self, index: int) -> None:
-        """Forget the weights of block `index`."""
-        self.blocks.modules[index] = nn.Identity()
 
     @contextlib.contextmanager
     def embeddings(self, device: torch.device) -> Iterator[PreTrainedModel]:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apiq.adapters import lora
+from apiq import parallel
+from apiq.adapters.injection import Adapters
+from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import Activations, Home, choose_home, mean_squared_error
 from apiq.blocks.architecture import replace
 from apiq.blocks.capture import BlockCall, capture, counted
@@ -28,8 +30,9 @@ from apiq.blocks.store import BlockStore, replacing
 from apiq.blocks.stream import ModelStream
 from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint.layout import block_file
-from apiq.checkpoint.writing import shapes, write_block
+from apiq.checkpoint.writing import shapes, stored, write_block
 from apiq.errors import ApiqError
+from apiq.memory import OutOfMemory
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, Step
 
@@ -61,16 +64,30 @@ class Walk:
         count, done = len(self.stream.blocks.modules), len(self.store.records)
         X, Xq, calls = self._start(done)
         for index in range(done, count):
-            block = self.stream.load_block(index, self.device)
-            self._require_finite(block, index)
-            unfuse(block).requires_grad_(False)
-            problem = self._problem(block, index, calls[index], X, Xq)
-            solution = self.method.solve(problem)
-            adapters = deploy(block, solution, self.params, self.storage)
-            X, Xq, last = problem.targets, *self._propagate(problem)
-            self._save(block, index, adapters, X, Xq)
-            self._finish(block, index, solution, last)
-            self.stream.drop_block(index)
+            try:
+                X, Xq = self._block(index, calls[index], X, Xq)
+            except OutOfMemory:
+                if X is None or Xq is None or not movable(X):
+                    raise
+                alike, memory = Xq is X, Home("memory", self.device)
+                X = X.moved(memory)
+                Xq = X if alike else Xq.moved(memory)
+                X, Xq = self._block(index, calls[index], X, Xq)
+
+    def _block(
+        self, index: int, call: BlockCall, X: Activations | None, Xq: Activations | None
+    ) -> tuple[Activations | None, Activations | None]:
+        """Quantize block `index`; its outputs in the full-precision and in the quantized model."""
+        block = self.stream.load_block(index, self.device)
+        self._require_finite(block, index)
+        unfuse(block).requires_grad_(False)
+        problem = self._problem(block, index, call, X, Xq)
+        solution = self.method.solve(problem)
+        adapters = deploy(block, solution, self.params, self.storage)
+        Xq, last = self._propagate(problem)
+        self._save(block, index, adapters, problem.targets, Xq)
+        self._finish(block, index, solution, last)
+        return problem.targets, Xq
 
     def _start(self, done: int) -> tuple[Activations | None, Activations | None, list[BlockCall]]:
         count = len(self.stream.blocks.modules)
@@ -118,9 +135,10 @@ class Walk:
     def _save(
         self, block: nn.Module, index: int, adapters: dict[str, Tensor], X: Activations | None, Xq: Activations | None
     ) -> None:
-        with replacing(self.store.folder / block_file(index)) as path:
-            write_block(path, block, f"{self.stream.blocks.path}.{index}", self.storage)
-        self.store.save_adapters(index, adapters)
+        if parallel.rank() == 0:
+            with replacing(self.store.folder / block_file(index)) as path:
+                write_block(path, block, f"{self.stream.blocks.path}.{index}", self.storage)
+            self.store.save_adapters(index, adapters)
         if X is not None and Xq is not None and index + 1 < len(self.stream.blocks.modules):
             self.store.save_activations(index + 1, X, Xq)
 
@@ -131,11 +149,13 @@ class Walk:
             "shapes": shapes(block, name),
             "loss_first": last if solution.start is None else solution.start,
             "loss_last": last,
+            "unreached": [f"{name}.{each}" for each in solution.unreached],
             "curves": [{"name": curve.name, "losses": curve.losses} for curve in solution.curves],
         }
         self.store.finish(record, self.cpu_clock())
         count = len(self.stream.blocks.modules)
-        self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}", last))
+        told = f", {len(solution.unreached)} linears without a token" if solution.unreached else ""
+        self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}{told}", last))
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.compute == torch.float32:
@@ -151,17 +171,22 @@ class Walk:
                 )
 
 
+def movable(X: Activations) -> bool:
+    """Whether the activations take memory from the device that they could do without."""
+    return X.home.kind == "device" and X.device.type != "cpu"
+
+
 def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage: torch.dtype) -> dict[str, Tensor]:
     """Rebuild a block from its solution as it will be loaded; return its adapters in their stored precision."""
     for name, packed in solution.linears.items():
         replace(block, name, packed)
     for name, value in solution.others.items():
-        old = block.get_parameter(name)
-        replace(block, name, nn.Parameter(value.to(storage).to(old), requires_grad=False))
-    adapters = {name: value.to(storage) for name, value in solution.adapters.items()}
-    if adapters:
-        lora.inject(block, solution.linears, params.rank, params.alpha, seed=0)
-        lora.load(block, adapters)
+        kept = stored(value, storage).to(block.get_parameter(name))
+        replace(block, name, nn.Parameter(kept, requires_grad=False))
+    if not solution.adapters:
+        return {}
+    adapters = {name: stored(value, storage) for name, value in solution.adapters.items()}
+    Adapters(block, params, linear_shapes(solution.linears), seed=0).load(adapters)
     return adapters
 
 

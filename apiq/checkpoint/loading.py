@@ -144,6 +144,8 @@ def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype,
 def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:
     from peft import PeftModel
 
+    import apiq.adapters.houlsby  # noqa: F401 (registers the adapter that PEFT lacks)
+
     with warnings.catch_warnings():
         # peft 0.21 itself asks transformers 5 for a property by its old name
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)

@@ -25,11 +25,11 @@ class LinearWeights:
     codes: Tensor
     """Codes (out, in), uint8."""
     A: Tensor | None
-    """(r, in), or None without adapters."""
+    """(r, in), or None where the linear carries no LoRA, the only adapter that is a sum with A and B."""
     B: Tensor | None
-    """(out, r), or None without adapters."""
+    """(out, r), or None likewise."""
     scaling: float
-    """alpha / r."""
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
 
 
 def linear_names(folder: str | Path) -> list[str]:
@@ -71,6 +71,11 @@ def _adapters(folder: Path, name: str) -> tuple[Tensor | None, Tensor | None, fl
     if not (folder / "adapter_model.safetensors").exists():
         return None, None, 0.0
     config = read_json(folder / "adapter_config.json")
+    if config["peft_type"] != "LORA" or config["use_dora"]:
+        return None, None, 0.0
+    keys = [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        A, B = (file.get_tensor(f"base_model.model.{name}.lora_{part}.weight").float() for part in "AB")
-    return A, B, config["lora_alpha"] / config["r"]
+        if keys[0] not in file.keys():  # noqa: SIM118 (not a mapping)
+            return None, None, 0.0
+        A, B = (file.get_tensor(key).float() for key in keys)
+    return A, B, config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])

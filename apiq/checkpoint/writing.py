@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apiq.adapters.lora import lora_config, model_target
 from apiq.checkpoint.layout import INDEX
 from apiq.files import write_json
 from apiq.layers.packed import SCALE_PARTS, PackedLinear
@@ -22,15 +22,14 @@ def write_block(path: Path, block: nn.Module, prefix: str, dtype: torch.dtype) -
 
     Norms and biases are written in `dtype`, that of the original model, codes and scales as they are.
     """
-    plain = {_without_adapters(name): value for name, value in block.state_dict().items() if ".lora_" not in name}
-    tensors = {f"{prefix}.{name}": _stored(name, value, dtype) for name, value in plain.items()}
+    tensors = {f"{prefix}.{name}": _plain(name, value, dtype) for name, value in _without_adapters(block).items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def shapes(block: nn.Module, prefix: str) -> dict[str, list[int]]:
     """Shape [out, in] of each packed linear of a block, which its words do not tell."""
     return {
-        f"{prefix}.{_without_adapters(name)}": [module.out_features, module.in_features]
+        f"{prefix}.{name.removesuffix('.base_layer')}": [module.out_features, module.in_features]
         for name, module in block.named_modules()
         if isinstance(module, PackedLinear)
     }
@@ -44,7 +43,7 @@ def write_rest(path: Path, model: nn.Module, blocks: str, dtype: torch.dtype) ->
         if name.startswith(f"{blocks}.") or value.data_ptr() in written:
             continue
         written.add(value.data_ptr())
-        tensors[name] = _stored(name, value, dtype)
+        tensors[name] = _plain(name, value, dtype)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -58,29 +57,34 @@ def write_index(folder: Path, files: Iterable[str], shapes: Mapping[str, list[in
     write_json(folder / INDEX, {"metadata": {"total_size": total, "shapes": shapes}, "weight_map": places})
 
 
-def write_adapter(
-    folder: Path,
-    state: Mapping[str, Tensor],
-    blocks: str,
-    linears: Iterable[str],
-    rank: int,
-    alpha: float,
-    task: str | None,
-) -> None:
+def write_adapter(folder: Path, state: Mapping[str, Tensor], config: peft.PeftConfig, task: str | None) -> None:
     """Write adapters in PEFT's format, for a model of the PEFT task type `task`; their base is the folder above."""
     folder.mkdir()
-    config = lora_config(rank, alpha, model_target(blocks, linears))
-    config.task_type = task
+    config.task_type = None if task is None else peft.TaskType(task)
     config.base_model_name_or_path = ".."
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / "adapter_model.safetensors")
 
 
-def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = name.rpartition(".")[2] in SCALE_PARTS or not value.is_floating_point()
-    return value.detach().to(device="cpu", dtype=value.dtype if kept else dtype).contiguous()
+def stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the precision in which it is stored: `dtype`, or its own if it holds whole numbers."""
+    return value.to(dtype) if value.is_floating_point() else value
 
 
-def _without_adapters(name: str) -> str:
-    return re.sub(r"\.base_layer(?=\.|$)", "", name)
+def _plain(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = name.rpartition(".")[2] in SCALE_PARTS
+    return (value.detach() if kept else stored(value.detach(), dtype)).cpu().contiguous()
+
+
+def _without_adapters(block: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a block under the names that they have without the adapters on it."""
+    carriers = [name for name, module in block.named_modules() if isinstance(module, BaseTunerLayer)]
+    tensors = {}
+    for name, value in block.state_dict().items():
+        carrier = next((each for each in carriers if name.startswith(f"{each}.")), None)
+        if carrier is None:
+            tensors[name] = value
+        elif name.startswith(f"{carrier}.base_layer."):
+            tensors[name.replace(".base_layer", "", 1)] = value
+    return tensors

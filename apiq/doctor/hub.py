@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import httpx
+import httpx2
 from huggingface_hub import constants, get_session, get_token
 
 from apiq.doctor.finding import Finding
@@ -28,7 +28,7 @@ def access(endpoint: str, offline: bool) -> Finding:
         return Finding("hub", "warning", "switched off by HF_HUB_OFFLINE", "unset it to fetch models and corpora")
     try:
         status = get_session().head(endpoint, timeout=PATIENCE, follow_redirects=True).status_code
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         return Finding(
             "hub", "warning", f"{endpoint} cannot be reached ({type(error).__name__})",
             "connect, set HF_ENDPOINT to a mirror, or use local folders and files",

@@ -46,12 +46,11 @@ def packages(requirements: Iterable[str], installed: Callable[[str], str | None]
     """
     good, bad, missing = 0, [], set()
     for requirement in map(Requirement, requirements):
-        extra = (
-            None if requirement.marker is None or requirement.marker.evaluate({"extra": ""}) else _extra(requirement)
-        )
-        version = installed(requirement.name)
-        if requirement.name == DISTRIBUTION:
+        extra = _extra(requirement)
+        elsewhere = requirement.marker is not None and not requirement.marker.evaluate({"extra": extra or ""})
+        if elsewhere or requirement.name == DISTRIBUTION:
             continue
+        version = installed(requirement.name)
         if version is None and extra is not None:
             missing.add(extra)
         elif version is None:

@@ -47,14 +47,17 @@ class AdapterTrainer(Trainer):
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Mean cross-entropy, in nats, of all held-out tokens that have a label and a predecessor."""
-        assert self.model is not None
+        """Mean cross-entropy, in nats, of all held-out tokens that have a label and a predecessor.
+
+        It is that of the model below the tuner: AdaLoRA adds its regularization to the loss above.
+        """
+        assert isinstance(self.model, PeftModel)
         self.model.eval()
         losses, tokens = [], 0
         for batch in self._held_out_batches():
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             with self.accelerator.autocast():
-                losses.append(float(self.model(**batch).loss) * count)
+                losses.append(float(self.model.get_base_model()(**batch).loss) * count)
             tokens += count
         return math.fsum(losses) / tokens
 

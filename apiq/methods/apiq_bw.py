@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from apiq.blocks.activations import Batch
-from apiq.blocks.problem import Problem, Solution
+from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.joint import jointly
 from apiq.methods.descent import Objective, descend
-from apiq.methods.fitting import groups, solution, wrap
+from apiq.methods.fitting import Fit, Turn, joined
+from apiq.methods.flat import names
+from apiq.methods.inputs import counting, never_reached
 from apiq.params import QuantizeParams
 
 
@@ -27,6 +29,7 @@ class ApiqBlockwise:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
+        self.adapted = params.adapter != "none"
 
     def solve(self, problem: Problem) -> Solution:
         """Fit codes, clipping ranges and adapters of all linears of one block."""
@@ -35,8 +38,10 @@ class ApiqBlockwise:
         own = targets
         if params.second_term and problem.index > 0:
             own = Xq.mapped(problem.run, params.batch_size)
-        fakes = wrap(problem, params)
-        first = problem.error(params.batch_size)
+        fit = Fit(problem, params)
+        with counting(problem.block, fit.fakes) as tokens:
+            first = problem.error(params.batch_size)
+        fit.leave(never_reached(tokens, Xq.device))
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
@@ -45,13 +50,17 @@ class ApiqBlockwise:
                 return error, error
             return error + problem.distance(output, own[batch], batch), error
 
-        def report(epoch: int, loss: float) -> None:
-            problem.report(epoch / params.epochs, loss, f"epoch {epoch}/{params.epochs}")
-
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
-        where = f"block {problem.index}"
-        objective = Objective(loss_of, len(Xq), where, problem.weight, problem.block, scale)
-        trained = groups(problem.block, list(fakes.values()), params)
-        with jointly(problem.block):
-            trace = descend(trained, objective, params, problem.seed, report)
-        return solution(problem, fakes, trace.curves("block", first), first)
+        curves: list[Curve] = []
+        for turn in fit.turns():
+
+            def report(epoch: int, loss: float, turn: Turn = turn) -> None:
+                problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
+
+            objective = Objective(
+                loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale
+            )
+            with jointly(problem.block):
+                trace = descend(fit.groups(turn), objective, params, problem.seed, report)
+            curves = joined(curves, trace.curves("block", first))
+        return fit.solution(curves, first)

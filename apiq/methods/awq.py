@@ -7,12 +7,11 @@ from torch import Tensor
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, encode
-from apiq.grids.search import searched
-from apiq.layers.packed import PackedLinear
+from apiq.grids.weighted_search import searched
 from apiq.methods.equivalent import Pair, pairs, put, transformed
-from apiq.methods.gptq import output_error
+from apiq.methods.gptq import add, output_error
 from apiq.methods.grid import grid_of, nearest, packed, values
-from apiq.methods.moments import Moments, in_order, moments, settle
+from apiq.methods.moments import Moments, in_order, moments
 from apiq.params import QuantizeParams
 
 EXPONENTS = tuple(step / 20 for step in range(20))
@@ -47,15 +46,13 @@ class Awq:
             changed = transformed(problem.block, pair, best_factors(problem, pair, found, self.grid))
             put(problem.block, changed)
             others.update({name: value for name, value in changed.items() if name.rpartition(".")[0] not in linears})
-        quantized: dict[str, PackedLinear] = {}
+        solution = Solution({}, others=others)
         for fed in in_order(problem, size):
             W = fed.linear.weight.float()
             s, z = searched(W, self.grid, fed.moments.G, CLIPPING)
-            quantized[fed.name] = packed(fed.linear, (encode(W, s, z, self.grid), s, z), self.grid)
-            Q = quantized[fed.name].dequantized()
-            settle(problem, fed.name, Q)
-            problem.report(len(quantized) / len(linears), output_error(W - Q, fed.moments.G), fed.name)
-        return Solution(quantized, others=others)
+            linear = packed(fed.linear, (encode(W, s, z, self.grid), s, z), self.grid)
+            add(problem, solution, fed, linear, len(linears))
+        return solution
 
 
 def best_factors(problem: Problem, pair: Pair, found: Moments, grid: Grid) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from apiq.adapters.configuration import targets
+from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import encode
-from apiq.grids.search import searched
+from apiq.grids.weighted_search import searched
 from apiq.layers.packed import PackedLinear
-from apiq.methods.gptq import error_feedback, output_error
+from apiq.methods.gptq import add, error_feedback
 from apiq.methods.grid import grid_of, nearest, packed
 from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
 from apiq.methods.starts import best, given_adapters
@@ -33,20 +34,21 @@ class ClosedForm:
 
     def solve(self, problem: Problem) -> Solution:
         """Quantize all linears of one block and fit their adapters."""
-        params, count = self.params, len(problem.linears())
-        quantized: dict[str, PackedLinear] = {}
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        for fed in in_order(problem, params.batch_size, paired=params.closed_form.objective == "asymmetric"):
+        params, linears = self.params, problem.linears()
+        carriers = targets(params, shapes(linears), strict=False)
+        solution, factors = Solution({}), {}
+        for fed in in_order(problem, params.batch_size, params.closed_form.objective == "asymmetric"):
             try:
-                quantized[fed.name] = self._codes(fed)
-                Q = quantized[fed.name].dequantized().float()
-                A, B = factors[fed.name] = best(fed.linear.weight.detach().float(), Q, fed.moments, params)
+                linear = self._codes(fed)
+                add(problem, solution, fed, linear, len(linears))
+                if fed.name in carriers:
+                    Q = linear.dequantized().float()
+                    A, B = factors[fed.name] = best(fed.linear.weight.detach().float(), Q, fed.moments, params)
+                    settle(problem, fed.name, Q + B @ A.t())
             except LinAlgError:
                 raise singular(problem, fed.name, "quantize.closed_form.damping and quantize.gptq.damping") from None
-            settle(problem, fed.name, Q + B @ A.t())
-            error = output_error(fed.linear.weight.detach().float() - Q - B @ A.t(), fed.moments.G)
-            problem.report(len(quantized) / count, error, fed.name)
-        return Solution(quantized, given_adapters(factors, params))
+        solution.adapters = given_adapters(factors, params)
+        return solution
 
     @torch.no_grad()
     def _codes(self, fed: Fed) -> PackedLinear:

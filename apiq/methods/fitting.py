@@ -1,10 +1,18 @@
-"""What the two ApiQ variants share: wrapping the linears of a block, what is trained, what comes out."""
+"""What the two ApiQ variants share: the block as it is fitted, what is trained in it in which order, what comes out."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from apiq.adapters import lora
+from apiq.adapters.configuration import targets
+from apiq.adapters.injection import Adapters
+from apiq.adapters.targets import shapes
+from apiq.adapters.tuners import TUNERS, Tuner
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.affine import Grid
@@ -14,34 +22,119 @@ from apiq.methods.starts import start_at_closed_form
 from apiq.params import QuantizeParams
 
 
-def wrap(problem: Problem, params: QuantizeParams) -> dict[str, FakeQuantLinear]:
-    """Put FakeQuantLinear with LoRA in the place of every linear of the block; everything else is frozen."""
-    problem.block.requires_grad_(False)
-    grid = Grid(params.bits, params.group_size, params.symmetric)
-    originals = problem.linears()
-    fakes = {name: FakeQuantLinear(linear, grid) for name, linear in originals.items()}
-    for name, fake in fakes.items():
-        replace(problem.block, name, fake)
-    lora.inject(problem.block, fakes, params.rank, params.alpha, problem.seed)
-    if params.start == "closed-form":
-        start_at_closed_form(problem, originals, fakes, params)
-    for fake in fakes.values():
-        fake.gamma.requires_grad_(True)
-        fake.beta.requires_grad_(True)
-    return fakes
+@dataclass(frozen=True)
+class Turn:
+    """A descent over a part of what is to be fitted."""
+
+    number: int
+    count: int
+    grid: bool
+    """Whether gamma and beta are trained."""
+    adapters: bool
+    """Whether the adapters are."""
+
+    @property
+    def label(self) -> str:
+        """Which turn it is, where there are several."""
+        return "" if self.count == 1 else f"{'ranges' if self.grid else 'adapters'} "
+
+    def share(self, done: float) -> float:
+        """The share of all turns that is done with a share of this one."""
+        return (self.number + done) / self.count
 
 
-def groups(module: nn.Module, fakes: list[FakeQuantLinear], params: QuantizeParams) -> list[Group]:
-    """The parameter groups of Table A.1: Theta = (gamma, beta) of `fakes`, and A, B inside `module`."""
-    theta = [parameter for fake in fakes for parameter in (fake.gamma, fake.beta)]
-    adapters = list(lora.parameters(module).values())
-    return [
-        Group(theta, params.lr_theta, params.decay_theta),
-        Group(adapters, params.lr_adapter, params.decay_adapter),
-    ]
+def joined(curves: list[Curve], more: list[Curve]) -> list[Curve]:
+    """Curves and what a further turn adds to them: those of one name go on where they ended."""
+    known = {curve.name: curve for curve in curves}
+    for curve in more:
+        begun = known.get(curve.name)
+        known[curve.name] = curve if begun is None else Curve(curve.name, begun.losses + curve.losses[1:])
+    return list(known.values())
 
 
-def solution(problem: Problem, fakes: dict[str, FakeQuantLinear], curves: list[Curve], start: float) -> Solution:
-    """The packed linears and adapters as they were trained."""
-    adapters = {name: value.detach() for name, value in lora.parameters(problem.block).items()}
-    return Solution({name: fake.packed() for name, fake in fakes.items()}, adapters, curves, start)
+class Fit:
+    """A block with FakeQuantLinear in the place of every linear, and adapters on some; everything else is frozen."""
+
+    def __init__(self, problem: Problem, params: QuantizeParams):
+        self.problem, self.params = problem, params
+        self.tuner: Tuner | None = None
+        self.adapters: Adapters | None = None
+        self.fakes: dict[str, FakeQuantLinear] = {}
+        self.unreached: list[str] = []
+        problem.block.requires_grad_(False)
+        originals = problem.linears()
+        self.shapes = shapes(originals)
+        if params.adapter != "none" and targets(params, self.shapes, strict=False):
+            self.tuner = TUNERS[params.adapter]
+        if self.tuner is not None and self.tuner.moves_weight:
+            self._move_weight(originals)
+        self._wrap(list(originals))
+        if self.tuner is not None and self.tuner.joint and self.adapters is None:
+            self.adapters = Adapters(problem.block, params, self.shapes, problem.seed, start=True)
+        if params.start == "closed-form" and self.adapters is not None:
+            start_at_closed_form(problem, self.adapters, originals, self.fakes, params)
+        for fake in self.fakes.values():
+            fake.gamma.requires_grad_(True)
+            fake.beta.requires_grad_(True)
+
+    def leave(self, names: list[str]) -> None:
+        """Fit the ranges of linears that no calibration token reaches to their weights, and leave it at that."""
+        for name in names:
+            if name not in self.unreached:
+                self.fakes[name].fit_to_weight()
+                self.unreached.append(name)
+
+    def turns(self) -> Iterator[Turn]:
+        """What is to be trained, in order; between two turns the block changes.
+
+        Codes, ranges and adapters are fitted jointly where gradients allow. Adapters that pass none to the
+        weight below them are put on the packed linears, once the ranges are fitted without them.
+        """
+        if self.tuner is None or self.tuner.joint:
+            yield Turn(0, 1, grid=True, adapters=True)
+            return
+        yield Turn(0, 2, grid=True, adapters=False)
+        for name, fake in self.fakes.items():
+            replace(self.problem.block, name, fake.packed())
+        self.adapters = Adapters(self.problem.block, self.params, self.shapes, self.problem.seed, start=True)
+        yield Turn(1, 2, grid=False, adapters=True)
+
+    def groups(self, turn: Turn, name: str = "") -> list[Group]:
+        """The parameter groups of Table A.1 in the linear `name`, or in the whole block without one.
+
+        Theta = (gamma, beta) and the adapters. Weight decay pulls towards 0, so adapter parameters for which
+        0 is not neutral are spared it.
+        """
+        params, groups = self.params, []
+        if turn.grid:
+            fakes = [fake for key, fake in self.fakes.items() if key not in self.unreached and name in ("", key)]
+            theta = [parameter for fake in fakes for parameter in (fake.gamma, fake.beta)]
+            groups.append(Group(theta, params.lr_theta, params.decay_theta))
+        if turn.adapters and self.adapters is not None:
+            inside = self.problem.block.get_submodule(name)
+            for decays, decay in ((True, params.decay_adapter), (False, 0.0)):
+                groups.append(Group(self.adapters.trained(inside, decays), params.lr_adapter, decay))
+        return groups
+
+    def solution(self, curves: list[Curve], start: float) -> Solution:
+        """The packed linears and adapters as they were trained."""
+        adapters = {} if self.adapters is None else self.adapters.state()
+        packed = {name: fake.packed() for name, fake in self.fakes.items()}
+        return Solution(packed, adapters, curves, start, self.unreached)
+
+    def _move_weight(self, originals: dict[str, nn.Linear]) -> None:
+        """Put adapters on copies of the linears, which they take a part of the weight from."""
+        for name in targets(self.params, self.shapes, strict=False):
+            replace(self.problem.block, name, copy.deepcopy(originals[name]))
+        self.adapters = Adapters(self.problem.block, self.params, self.shapes, self.problem.seed, start=True)
+
+    def _wrap(self, names: list[str]) -> None:
+        """Put FakeQuantLinear in the place of every linear, below its adapter where it carries one already."""
+        grid = Grid(self.params.bits, self.params.group_size, self.params.symmetric)
+        for name in names:
+            module = self.problem.block.get_submodule(name)
+            carried = isinstance(module, BaseTunerLayer)
+            linear = module.get_base_layer() if carried else module
+            assert isinstance(linear, nn.Linear)
+            self.fakes[name] = FakeQuantLinear(linear, grid)
+            replace(self.problem.block, f"{name}.base_layer" if carried else name, self.fakes[name])

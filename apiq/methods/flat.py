@@ -18,6 +18,11 @@ class Group:
     decay: float
 
 
+def names(module: nn.Module) -> dict[int, str]:
+    """The names of the parameters of a module by their id."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
 class Flat:
     """The parameters of a group and their gradients, float32, as views of one vector each until `release`."""
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, decode, encode, extrema, scale_and_zero
-from apiq.grids.search import searched
+from apiq.grids.weighted_search import searched
 from apiq.layers.packed import PackedLinear
 from apiq.methods.grid import grid_of, packed
-from apiq.methods.moments import LinAlgError, damped, in_order, settle, singular
+from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
 from apiq.params import QuantizeParams
 
 LAZY = 128
@@ -33,29 +33,37 @@ class Gptq:
 
     def solve(self, problem: Problem) -> Solution:
         """Quantize all linears of one block."""
-        return Solution(quantize_in_order(problem, self.params))
+        return quantize_in_order(problem, self.params)
 
 
 @torch.no_grad()
-def quantize_in_order(problem: Problem, params: QuantizeParams) -> dict[str, PackedLinear]:
+def quantize_in_order(problem: Problem, params: QuantizeParams) -> Solution:
     """The linears of a block with the codes of GPTQ; the block is left with their dequantized weights.
 
     Raises:
         ApiqError: the moments of an input cannot be inverted.
     """
     grid, count = grid_of(params), len(problem.linears())
-    quantized: dict[str, PackedLinear] = {}
+    solution = Solution({})
     for fed in in_order(problem, params.batch_size):
         W, H = fed.linear.weight.detach().float(), damped(fed.moments.G, params.gptq.damping)
         try:
             parts = error_feedback(W, H, grid, params.gptq.act_order)
         except LinAlgError:
             raise singular(problem, fed.name, "quantize.gptq.damping") from None
-        quantized[fed.name] = packed(fed.linear, parts, grid)
-        Q = quantized[fed.name].dequantized()
-        settle(problem, fed.name, Q)
-        problem.report(len(quantized) / count, output_error(W - Q, fed.moments.G), fed.name)
-    return quantized
+        add(problem, solution, fed, packed(fed.linear, parts, grid), count)
+    return solution
+
+
+def add(problem: Problem, solution: Solution, fed: Fed, linear: PackedLinear, count: int) -> None:
+    """Take `linear` into the solution and let the block compute with its weight; report it as one of `count`."""
+    solution.linears[fed.name] = linear
+    if not fed.moments.reached:
+        solution.unreached.append(fed.name)
+    Q = linear.dequantized()
+    settle(problem, fed.name, Q)
+    error = output_error(fed.linear.weight.float() - Q, fed.moments.G)
+    problem.report(len(solution.linears) / count, error, fed.name)
 
 
 def output_error(D: Tensor, G: Tensor) -> float:
@@ -72,7 +80,7 @@ def error_feedback(
     Cholesky factor U of H^-1 (equations 2 and 3, algorithm 1). A group's range is that of its weights when its
     first column is reached. With `act_order` columns come by falling diagonal of H, and since a group's columns
     are then scattered over the order, its range is that of the weights as they were given. With `search` the range
-    is, of these weights too, the one that costs the outputs least (`apiq.grids.search`).
+    is, of these weights too, the one that costs the outputs least (`apiq.grids.weighted_search`).
 
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.

@@ -16,8 +16,10 @@ class GptqLora:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
+        self.adapted = params.adapter != "none"
 
     def solve(self, problem: Problem) -> Solution:
         """Quantize all linears of one block, and give them adapters."""
-        quantized = quantize_in_order(problem, self.params)
-        return Solution(quantized, default_adapters(problem, quantized, self.params))
+        solution = quantize_in_order(problem, self.params)
+        solution.adapters = default_adapters(problem, self.params)
+        return solution

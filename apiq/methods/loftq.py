@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from apiq.adapters.closed_form import plain
+from apiq.adapters.configuration import targets
+from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
-from apiq.methods.grid import grid_of, nearest, packed, values
+from apiq.methods.grid import grid_of, nearest, packed, rounded, values
 from apiq.methods.starts import given_adapters
 from apiq.params import QuantizeParams
 
@@ -29,10 +31,14 @@ class Loftq:
         self.grid = grid_of(params)
 
     def solve(self, problem: Problem) -> Solution:
-        """Alternate for every linear by itself."""
+        """Alternate for every linear that carries adapters, by itself; round the others."""
         quantized, factors = {}, {}
         linears = problem.linears()
+        carriers = targets(self.params, shapes(linears), strict=False)
         for number, (name, linear) in enumerate(linears.items()):
+            if name not in carriers:
+                quantized[name] = rounded(linear, self.grid)
+                continue
             quantized[name], (A, B) = alternate(linear, self.grid, self.params.rank, self.params.loftq.steps)
             factors[name] = A, B
             error = (linear.weight - quantized[name].dequantized() - B @ A.t()).square().mean()

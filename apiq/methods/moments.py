@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apiq import parallel
 from apiq.blocks.activations import Activations, at_once
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Problem
 from apiq.blocks.unfuse import linear_of
 from apiq.errors import ApiqError
 from apiq.memory import in_parts
-from apiq.methods.inputs import input_order, place
+from apiq.methods.inputs import input_order, place, watching
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -29,6 +30,8 @@ class Moments:
     """Xq^T X / tokens (in, in), where X was asked for; otherwise G."""
     magnitude: Tensor
     """Mean of |Xq|, (in)."""
+    reached: bool
+    """Whether any token does reach it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ def in_order(
     full-precision linears where the block has others in their place already.
     """
     originals = originals or problem.linears()
-    for names in input_order(problem, originals):
+    current = {name: problem.block.get_submodule(name) for name in originals}
+    place(problem.block, originals)
+    order = input_order(problem, originals)
+    place(problem.block, current)
+    for names in order:
         found = moments(problem, originals, names[0], batch_size, paired)
         for name in names:
             yield Fed(name, originals[name], found)
@@ -66,36 +73,33 @@ def moments(
     With `paired` X is what it is fed in the full-precision block, with `originals` in place, on the
     full-precision input. An expert gets tokens by a choice that the two blocks make differently; there
     X is taken to be Xq. Padding is left out, except before experts, whose tokens carry no position.
-    Added in float32, or in float64 where the activations are.
+    Added in float32, or in float64 where the activations are, over all processes.
     """
-    current = {each: problem.block.get_submodule(each) for each in originals}
-    width = originals[name].in_features
-    assert isinstance(width, int)
     hidden = problem.Xq
     assert hidden is not None
+    current = {each: problem.block.get_submodule(each) for each in originals}
+    width, length = originals[name].get_parameter("weight").shape[1], hidden.rows.shape[1]
     zero = torch.zeros(width, width, device=hidden.device)
-    sums = {"G": zero, "M": zero, "magnitude": zero[0]}
-    tokens = 0
+    sums = {"G": zero, "M": zero, "magnitude": zero[0], "tokens": zero[0, 0]}
 
     def add(batch: slice) -> None:
-        nonlocal tokens
         fed = _fed(problem, hidden, batch, current[name])
-        if fed is None:
+        if not len(fed):
             return
         Xq = X = _counted(problem, fed, batch)
-        if paired and fed.dim() == 3:
+        if paired and len(fed) == length * (batch.stop - batch.start):
             place(problem.block, originals)
             try:
-                full = _fed(problem, problem.X, batch, originals[name])
+                X = _counted(problem, _fed(problem, problem.X, batch, originals[name]), batch)
             finally:
                 place(problem.block, current)
-            X = Xq if full is None else _counted(problem, full, batch)
-        for key, value in {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0)}.items():
+        found = {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0), "tokens": zero.new_tensor(len(Xq))}
+        for key, value in found.items():
             sums[key] = sums[key] + value
-        tokens += len(Xq)
 
     in_parts(len(hidden), at_once(hidden, batch_size), add, f"a forward pass of block {problem.index}")
-    return Moments(**{key: value / max(tokens, 1) for key, value in sums.items()})
+    G, M, magnitude, tokens = (parallel.add(value) for value in sums.values())
+    return Moments(*(value / tokens.clamp(min=1) for value in (G, M, magnitude)), reached=bool(tokens))
 
 
 def damped(G: Tensor, share: float) -> Tensor:
@@ -119,19 +123,17 @@ def settle(problem: Problem, name: str, weight: Tensor) -> None:
     replace(problem.block, name, linear_of(weight.to(linear.weight.dtype), linear.bias))
 
 
-def _fed(problem: Problem, hidden: Activations | None, batch: slice, linear: nn.Module) -> Tensor | None:
+def _fed(problem: Problem, hidden: Activations | None, batch: slice, linear: nn.Module) -> Tensor:
+    """The tokens (tokens, width) that `linear` is fed when the block runs on some windows; none for an idle expert."""
     assert hidden is not None
     caught: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    try:
+    with watching({"": linear}, lambda _, fed: caught.append(fed.flatten(0, -2))):
         problem.run(hidden[batch], batch)
-    finally:
-        hook.remove()
-    return caught[0] if caught else None
+    return torch.cat(caught) if caught else torch.empty(0)
 
 
 def _counted(problem: Problem, fed: Tensor, batch: slice) -> Tensor:
-    """(tokens, width) of what was fed, in float32 or float64, without padding."""
-    if problem.counted is not None and fed.dim() == 3:
-        fed = fed[problem.counted[batch]]
-    return fed.flatten(0, -2).to(torch.promote_types(fed.dtype, torch.float32))
+    """The tokens in float32 or float64, without padding where every token is among them."""
+    if problem.counted is not None and len(fed) == problem.counted[batch].numel():
+        fed = fed[problem.counted[batch].flatten()]
+    return fed.to(torch.promote_types(fed.dtype, torch.float32))

@@ -14,8 +14,9 @@ from apiq.layers.fake_quant import START
 from apiq.layers.packed import PackedLinear
 from apiq.methods.descent import Objective, descend
 from apiq.methods.equivalent import Pair, pairs, put, transformed
-from apiq.methods.flat import Group
+from apiq.methods.flat import Group, names
 from apiq.methods.grid import grid_of, packed
+from apiq.methods.inputs import counting, never_reached
 from apiq.params import QuantizeParams
 
 
@@ -40,7 +41,8 @@ class Omniquant:
         assert Xq is not None and targets is not None
         found = pairs(problem) if params.omniquant.transform else []
         fakes, logs = _wrap(problem, found, grid_of(params))
-        first = problem.error(params.batch_size)
+        with counting(problem.block, fakes) as tokens:
+            first = problem.error(params.batch_size)
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             error = problem.distance(problem.run(Xq[batch], batch), targets[batch], batch)
@@ -52,10 +54,16 @@ class Omniquant:
         ranges = [parameter for fake in fakes.values() for parameter in (fake.gamma, fake.beta)]
         groups = [Group(ranges, params.lr_theta, params.decay_theta), Group(logs, params.omniquant.lr_transform, 0.0)]
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
-        objective = Objective(loss_of, len(Xq), f"block {problem.index}", problem.weight, problem.block, scale)
+        objective = Objective(loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale)
         trace = descend(groups, objective, params, problem.seed, report)
         quantized, others = _unwrap(problem, found, fakes, logs)
-        return Solution(quantized, others=others, curves=trace.curves("block", first), start=first)
+        return Solution(
+            quantized,
+            others=others,
+            curves=trace.curves("block", first),
+            start=first,
+            unreached=never_reached(tokens, Xq.device),
+        )
 
 
 class TransformedLinear(nn.Linear):

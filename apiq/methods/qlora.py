@@ -20,9 +20,10 @@ class Qlora:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
+        self.adapted = params.adapter != "none"
         self.grid = grid_of(params)
 
     def solve(self, problem: Problem) -> Solution:
         """Round every linear, and give it adapters."""
         packed = {name: rounded(linear, self.grid) for name, linear in problem.linears().items()}
-        return Solution(packed, default_adapters(problem, packed, self.params))
+        return Solution(packed, default_adapters(problem, self.params))

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from apiq.adapters import lora
 from apiq.adapters.closed_form import asymmetric, plain, whitened
+from apiq.adapters.configuration import targets
+from apiq.adapters.injection import Adapters
+from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem
 from apiq.methods.moments import LinAlgError, Moments, damped, in_order, singular
 from apiq.params import QuantizeParams
 
 
-def default_adapters(problem: Problem, names: Iterable[str], params: QuantizeParams) -> dict[str, Tensor]:
-    """A uniform at random, B = 0 for the named linears; the block is left with adapters on them."""
-    lora.inject(problem.block, names, params.rank, params.alpha, problem.seed)
-    return {name: value.detach() for name, value in lora.parameters(problem.block).items()}
+def default_adapters(problem: Problem, params: QuantizeParams) -> dict[str, Tensor]:
+    """The adapters of a block as they start, at which they change nothing; they are left on the block's linears."""
+    linears = shapes(problem.linears())
+    if params.adapter == "none" or not targets(params, linears, strict=False):
+        return {}
+    return Adapters(problem.block, params, linears, problem.seed, start=True).state()
 
 
 def given_adapters(factors: Mapping[str, tuple[Tensor, Tensor]], params: QuantizeParams) -> dict[str, Tensor]:
-    """Factors A (in, r), B (out, r) by linear as PEFT parameters whose scaled product is A B^T."""
+    """Factors A (in, r), B (out, r) by linear as LoRA whose scaled product is A B^T."""
     share = (params.rank / params.alpha) ** 0.5
     state = {}
     for name, (A, B) in factors.items():
@@ -31,25 +35,29 @@ def given_adapters(factors: Mapping[str, tuple[Tensor, Tensor]], params: Quantiz
 
 
 def start_at_closed_form(
-    problem: Problem, originals: Mapping[str, nn.Linear], quantized: Mapping[str, nn.Linear], params: QuantizeParams
+    problem: Problem,
+    adapters: Adapters,
+    originals: Mapping[str, nn.Linear],
+    quantized: Mapping[str, nn.Linear],
+    params: QuantizeParams,
 ) -> None:
-    """Set the adapters in the block to the best ones for the present codes, linear by linear in input order.
+    """Set the adapters of the block to the best ones for the present codes, linear by linear in input order.
 
     `originals` are the full-precision linears, `quantized` the ones below the adapters, whose weight is Q.
 
     Raises:
         ApiqError: the moments of an input cannot be inverted.
     """
-    own = lora.parameters(problem.block)
+    carriers = targets(params, shapes(originals), strict=False)
     for fed in in_order(problem, params.batch_size, params.closed_form.objective == "asymmetric", originals):
+        if fed.name not in carriers:
+            continue
         W, Q = fed.linear.weight.detach().float(), quantized[fed.name].weight.detach().float()
         try:
-            state = given_adapters({fed.name: best(W, Q, fed.moments, params)}, params)
+            factors = best(W, Q, fed.moments, params)
         except LinAlgError:
             raise singular(problem, fed.name, "quantize.closed_form.damping") from None
-        with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+        adapters.load({**adapters.state(), **given_adapters({fed.name: factors}, params)})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 A block costs c + p n + s n E seconds: c for what has the size of the weights (packing, writing), p for a batch that
 is only passed through the block (teacher, propagation, errors), s for an optimizer step, over n batches and E
 epochs. Three runs of the trial give the three; where the trial had to be narrower or shorter than the model, c
-grows with the weights, p with the operations, and s with both, as two lengths show.
+grows with the weights that are packed, p with the operations, and s with both, as two lengths show.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ PACKING = 25
 """Bytes a weight of one linear while its codes are packed (`apiq.grids.packing`): three int64 and a uint8."""
 DEQUANTIZED = 9
 """Bytes a weight of one linear while `apiq.layers.packed` dequantizes it: shifted words, codes, the product."""
+KEPT, SMALL = 6, 2**25
+"""What glibc does not give back, as measured: freed tensors of less than 2^25 bytes lie scattered in its heap, and what
+is kept grows to about this many times the weights of a block in such tensors."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,22 @@ class BlockSizes:
     """Weights of its largest linear."""
     widest: int
     """Inputs of its widest linear."""
+    small: int
+    """Parameters in tensors of less than SMALL bytes each, in the precision in which they are computed with."""
 
 
-def solver(block: BlockSizes, work: Pass, weight_bytes: int, fitted: bool) -> dict[str, int]:
+def solver(block: BlockSizes, work: Pass, passing: int, weight_bytes: int, fitted: bool) -> dict[str, int]:
     """Bytes on the device to quantize one block.
 
     The weights in the precision in which they are computed with, the extrema and clipping parameters (low, high,
-    gamma, beta) of each group, adapters in float32, the moments of AdamW with their guard, and the larger of
-    a step (the activations kept for backward, the fake-quantized weights, gradients and temporaries) and the packing
-    of a linear at the end.
+    gamma, beta) of each group, adapters in float32, the moments of AdamW with their guard, and the largest of
+    a step (the activations kept for backward, gradients and temporaries), a pass of many windows without gradients,
+    and the packing of a linear at the end.
 
     Args:
         block: sizes of the largest block.
         work: one step on a batch.
+        passing: bytes alive in a pass without gradients.
         weight_bytes: bytes of a weight while it is computed with.
         fitted: whether anything is trained; rounding to nearest only packs.
     """
@@ -58,18 +64,43 @@ def solver(block: BlockSizes, work: Pass, weight_bytes: int, fitted: bool) -> di
         "block": block.weights * weight_bytes,
         "grids and adapters": FLOAT * (4 * block.groups + block.adapter),
         "optimizer": FLOAT * (2 + GUARD) * trained,
-        "step": max(work.peak, packing),
+        "step": max(work.peak, passing, packing),
     }
 
 
-def host(parameters: int, outside: int, weight_bytes: int) -> dict[str, int]:
-    """Bytes of the full-precision model in RAM: `apiq.checkpoint.loading.full_precision` reads it whole."""
-    return {"model": parameters * weight_bytes}
+def allocator(block: BlockSizes, weight_bytes: int, blocks: int) -> int:
+    """Bytes of freed memory that the C library keeps on a CPU while block after block comes and goes."""
+    return min(blocks - 1, KEPT) * block.small * weight_bytes
 
 
-def home(sets: int, gpu: int | None, solver: int) -> str:
-    """Where the activations live: `gpu` if they fill at most half of what is free there, else `ram`."""
-    return "gpu" if gpu is not None and sets <= (gpu - solver) // 2 else "ram"
+def host(work: dict[str, int], embeddings: int, one_set: int) -> dict[str, int]:
+    """Bytes in RAM of the worse of two moments: the embeddings make X at the start, or a block is solved.
+
+    Args:
+        work: bytes in RAM while a block is solved, by what they are for.
+        embeddings: bytes of everything outside the blocks.
+        one_set: bytes of one set of activations.
+    """
+    start = {"embeddings": embeddings, "activations": one_set}
+    return start if sum(start.values()) > sum(work.values()) else work
+
+
+def home(wanted: str, sets: int, gpu: int | None, ram: int) -> str:
+    """Where the activations will live: `gpu`, `ram` or `disk`, by the rule of `apiq.blocks.activations.choose_home`.
+
+    Args:
+        wanted: quantize.activations.
+        sets: bytes of the copies that the walk reckons with.
+        gpu: free bytes there; None on a CPU.
+        ram: free bytes there.
+    """
+    if wanted == "disk":
+        return "disk"
+    if wanted != "auto":
+        return "gpu" if wanted == "device" and gpu is not None else "ram"
+    if gpu is not None and sets <= gpu // 2:
+        return "gpu"
+    return "ram" if sets <= ram // 2 else "disk"
 
 
 def activations(windows: int, length: int, width: int, item_bytes: int) -> int:
@@ -91,9 +122,9 @@ def copies_alive(method: str, second_term: bool, widening: float) -> float:
     return 5 if second_term else 4
 
 
-def work_folder(packed: int, adapters: int, one_set: int) -> int:
-    """Bytes that unfinished work takes on disk: finished blocks, and X and Xq before and after the block in hand."""
-    return packed + adapters + 4 * one_set
+def work_folder(packed: int, adapters: int, one_set: int, mapped: int) -> int:
+    """Bytes that unfinished work takes on disk: finished blocks, X and Xq before and after the block, mapped files."""
+    return packed + adapters + 4 * one_set + mapped
 
 
 def training(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from apiq.blocks.architecture import Blocks, find_blocks
+from apiq.blocks.activations import Home
+from apiq.blocks.architecture import Blocks, find_blocks, text_model
+from apiq.blocks.capture import BlockCall, capture
+from apiq.blocks.stream import skeleton
+from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
 from apiq.models import manifest
 from apiq.models.demo import demo_config
@@ -25,7 +28,7 @@ PROBE_VOCABULARY = 16
 
 @dataclass(frozen=True)
 class Outline:
-    """The shapes of a model, all of its tensors on the meta device."""
+    """The shapes of a model, its weights on the meta device, its blocks unfused."""
 
     config: PretrainedConfig
     model: Any
@@ -55,10 +58,11 @@ class Outline:
 
     def outside(self) -> dict[str, torch.Tensor]:
         """The parameters and stored buffers outside the blocks by name; tied ones once."""
-        names = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
-        state = self.model.state_dict(keep_vars=True)
-        prefix = f"{self.blocks.path}."
-        return {name: value for name, value in state.items() if name in names and not name.startswith(prefix)}
+        found: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if not name.startswith(f"{self.blocks.path}."):
+                found.setdefault(id(value), (name, value))
+        return dict(found.values())
 
     def parameters(self) -> int:
         """Number of parameters; tied ones once."""
@@ -74,44 +78,46 @@ def outline(model: ModelParams) -> Outline:
     config, folder = read_config(model)
     if getattr(config, "quantization_config", None):
         raise ApiqError(f"{model.source} is quantized already; plan with the full-precision model.")
-    with torch.device("meta"):
-        made = build(config)
-    return Outline(config, made, find_blocks(made), _storage(config), _tokenizer_bytes(folder))
+    storage = _storage(config)
+    made = _skeleton(config, storage)
+    blocks = find_blocks(made)
+    for block in blocks.modules:
+        unfuse(block)
+    return Outline(config, made, blocks, storage, _tokenizer_bytes(folder))
 
 
-def build(config: PretrainedConfig) -> Any:
-    """The model of `config` with whatever weights the surrounding context gives.
+def probe(config: PretrainedConfig) -> tuple[Any, Blocks]:
+    """The model with all blocks on the meta device and the rest in memory, all ones, with a tiny vocabulary.
 
-    Raises:
-        ApiqError: transformers knows no language model of this kind.
+    Enough for `apiq.blocks.capture` to learn the arguments of every block, whatever the size of the model.
     """
-    name = (config.architectures or [""])[0]
-    family: Any = getattr(transformers, name, None)
+    model = _skeleton(config, torch.float32)
+    blocks, embeddings = find_blocks(model), model.get_input_embeddings()
+    model.set_input_embeddings(nn.Embedding(PROBE_VOCABULARY, embeddings.embedding_dim))
+    text = text_model(model)
+    for name, module in model.named_modules():
+        if module in set(text.modules()) and not f"{name}.".startswith(f"{blocks.path}."):
+            for own, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.device.type == "meta":
+                    setattr(module, own, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
+            for own, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.device.type == "meta":
+                    setattr(module, own, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return model, blocks
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
     try:
-        return AutoModelForCausalLM.from_config(config) if family is None else family(config)
+        return skeleton(copy.deepcopy(config), dtype)
     except (ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ApiqError(f"no model can be made of this config.json ({config.model_type}): {reason}.") from None
 
 
-def skeleton(config: PretrainedConfig) -> tuple[Any, Blocks]:
-    """The model with all blocks on the meta device and the rest in memory, random, with a tiny vocabulary.
-
-    Enough for `apiq.blocks.capture` to learn the arguments of every block, whatever the size of the model.
-    """
-    with init_empty_weights():
-        model = build(config)
-    blocks = find_blocks(model)
-    embeddings = model.get_input_embeddings()
-    model.set_input_embeddings(nn.Embedding(PROBE_VOCABULARY, embeddings.embedding_dim))
-    head = model.get_output_embeddings()
-    kept = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    for name, module in model.named_modules():
-        if not f"{name}.".startswith(f"{blocks.path}."):
-            for own, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.device.type == "meta" and id(parameter) not in kept:
-                    setattr(module, own, nn.Parameter(torch.ones(parameter.shape), requires_grad=False))
-    return model, blocks
+def block_calls(model: Any, blocks: Blocks, length: int, device: torch.device) -> list[BlockCall]:
+    """The arguments of the blocks of a `probe` for windows of `length` tokens."""
+    window = torch.zeros(1, length, dtype=torch.long)
+    return capture(model, blocks.modules, window, torch.float32, lambda shape: Home("device", device))[1]
 
 
 def read_config(model: ModelParams) -> tuple[PretrainedConfig, Path | None]:

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apiq.blocks.capture import BlockCall, capture
+from apiq.blocks.activations import TOKENS
+from apiq.blocks.capture import BlockCall
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 from apiq.methods import METHODS
 from apiq.params import Params
-from apiq.planning import memory, shortfalls
-from apiq.planning.machine import Machine, look
-from apiq.planning.outline import Outline, outline, skeleton
+from apiq.planning import shortfalls
+from apiq.planning.machine import look
+from apiq.planning.needs import Setting, quantizing_needs, tuning_needs, weight_bytes
+from apiq.planning.outline import Outline, block_calls, outline, probe
 from apiq.planning.size import Result, packed_block, result_size
-from apiq.planning.step import Pass, count_head
 from apiq.planning.timing import Calibration, Timing
-from apiq.planning.workload import block_sizes, fitting_pass, training_pass
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model, parameters and a machine, with what was counted of them."""
-
-    params: Params
-    outline: Outline
-    result: Result
-    machine: Machine
-    device: torch.device
-    compute: torch.dtype
-    tuning_device: torch.device
-    tuning_dtype: torch.dtype
-    sizes: memory.BlockSizes
-    fitting: Pass
-    training: Pass | None
-    work: Path
-    out: Path
+from apiq.planning.workload import block_sizes, fitting_pass, passing, training_pass
 
 
 def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True) -> dict[str, Any]:
@@ -82,15 +63,20 @@ def _setting(params: Params, out: Path) -> Setting:
     block = max((block for block, _ in shapes.kinds()), key=lambda b: sum(p.numel() for p in b.parameters()))
     packed = packed_block(block, quantize, shapes.storage)
     shape = (min(quantize.batch_size, params.calibration.windows), params.calibration.length, shapes.width)
-    fitting = fitting_pass(block, _call(shapes, shape[1]), quantize, shape, compute, shapes.storage, device)
+    call = _call(shapes, shape[1])
+    fitting = fitting_pass(block, call, quantize, shape, compute, shapes.storage, device)
+    many = (min(max(TOKENS // shape[1], shape[0]), params.calibration.windows), *shape[1:])
+    through = passing(block, call, quantize, many, compute, shapes.storage, device)
     training = None
     if METHODS[quantize.method].adapted:
         batch = (tune.batch_size, tune.length, shapes.width)
         training = training_pass(packed, _call(shapes, tune.length), batch, tuning_dtype, tuning_device)
+    weight = weight_bytes(compute, shapes.storage)
     work = Path(os.environ.get("APIQ_WORK") or ".apiq_work")
     return Setting(
         params, shapes, result_size(shapes, quantize), look(device, {"result": out, "unfinished work": work}), device,
-        compute, tuning_device, tuning_dtype, block_sizes(block, packed, quantize), fitting, training, work, out,
+        compute, tuning_device, tuning_dtype, block_sizes(block, packed, quantize, weight), fitting, through,
+        training, work,
     )  # fmt: skip
 
 
@@ -112,57 +98,8 @@ def _check(params: Params, shapes: Outline) -> None:
 
 
 def _call(shapes: Outline, length: int) -> BlockCall:
-    model, blocks = skeleton(shapes.config)
-    window = torch.zeros(1, length, dtype=torch.long)
-    return capture(model, blocks.modules, window, torch.device("cpu"), torch.float32, 1)[1][0]
-
-
-def quantizing_needs(setting: Setting) -> dict[str, Any]:
-    """GPU memory, RAM and disk of a quantization, by part, and where the activations live."""
-    params, shapes, machine = setting.params, setting.outline, setting.machine
-    item = setting.compute.itemsize
-    method = params.quantize.method
-    weight = 4 if setting.compute == torch.float32 else shapes.storage.itemsize
-    one = memory.activations(params.calibration.windows, params.calibration.length, shapes.width, item)
-    copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
-    sets = int(one * copies)
-    solver = memory.solver(setting.sizes, setting.fitting, weight, METHODS[method].calibrated)
-    home = memory.home(sets, machine.gpu, sum(solver.values()))
-    outside = sum(value.nbytes for value in shapes.outside().values())
-    host = memory.host(shapes.parameters(), outside, weight)
-    ram, gpu = dict(host), None
-    (ram if home == "ram" else {}).update({"activations": sets})
-    if machine.gpu is None:
-        ram |= solver
-    else:
-        gpu = solver | ({"activations": sets} if home == "gpu" else {})
-    adapters = setting.result.adapter
-    disk = {
-        "result": setting.result.total,
-        "unfinished work": memory.work_folder(
-            setting.result.packed, adapters, one if METHODS[method].calibrated else 0
-        ),
-    }
-    return {"gpu": gpu, "ram": {**ram, "interpreter": machine.interpreter}, "disk": disk, "activations": home}
-
-
-def tuning_needs(setting: Setting) -> dict[str, Any] | None:
-    """GPU memory and RAM of finetuning, by part; None where there are no adapters to train."""
-    params, shapes, work = setting.params.finetune, setting.outline, setting.training
-    if work is None:
-        return None
-    item, tokens = setting.tuning_dtype.itemsize, params.batch_size * params.length
-    outside = sum(value.numel() for value in shapes.outside().values())
-    entries = int(shapes.config.get_text_config().vocab_size)
-    head = count_head(tokens, entries, shapes.width, setting.tuning_dtype, setting.tuning_device)
-    parts = memory.training(
-        sum(setting.result.blocks), outside, item, setting.result.trained, work, len(shapes.blocks.modules),
-        tokens * shapes.width * 4, head, params.activation_checkpointing, memory.DEQUANTIZED * setting.sizes.largest,
-    )  # fmt: skip
-    loaded = {"interpreter": setting.machine.interpreter}
-    if setting.machine.gpu is None or setting.tuning_device.type == "cpu":
-        return {"gpu": None, "ram": {**parts, **loaded}}
-    return {"gpu": parts, "ram": {"loading": parts["packed model"], **loaded}}
+    model, blocks = probe(shapes.config)
+    return block_calls(model, blocks, length, torch.device("cpu"))[0]
 
 
 def _calibration(setting: Setting) -> Calibration:

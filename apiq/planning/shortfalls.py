@@ -18,12 +18,15 @@ def told(machine: Machine) -> dict[str, Any]:
 
 
 def offloaded(quantizing: Mapping[str, Any]) -> list[str]:
-    """What of a quantization on a GPU does not stay there."""
+    """What of a quantization does not stay on the device."""
+    mapped = "the activations live in files beside the unfinished work"
     if quantizing["gpu"] is None:
-        return []
-    told = ["the model waits in RAM, one block at a time is on the GPU"]
-    if quantizing["activations"] != "gpu":
+        return [mapped] if quantizing["activations"] == "disk" else []
+    told = ["the model stays on disk, one block at a time is on the GPU"]
+    if quantizing["activations"] == "ram":
         told.append(f"the activations ({decimal(quantizing['ram']['activations'])}) live in pinned RAM")
+    if quantizing["activations"] == "disk":
+        told.append(mapped)
     return told
 
 

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apiq.adapters import lora
+from apiq.adapters.injection import Adapters, model_state
+from apiq.adapters.targets import shapes as linear_shapes
+from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears, replace
 from apiq.checkpoint.accounting import Bits
 from apiq.checkpoint.layout import REST, block_file
+from apiq.checkpoint.writing import stored
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
 from apiq.methods import METHODS
@@ -32,7 +35,7 @@ _ORDER = list(_NAMES)
 _MANIFEST_LINE = 110
 """Bytes that the manifest spends on a file: its name and its SHA-256."""
 _SETTINGS = 4096
-"""Bytes of the small files together: config.json, generation_config.json, adapter_config.json, the rest of apiq.json."""
+"""Bytes of the small files together: configurations, metrics, the rest of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -90,38 +93,41 @@ def packed_block(block: nn.Module, params: QuantizeParams, storage: torch.dtype)
             replace(block, name, packed)
     tensors = {name: _stored(name, value, storage) for name, value in block.state_dict().items()}
     adapters: dict[str, Tensor] = {}
-    if METHODS[params.method].adapted:
-        lora.inject(block, found, params.rank, params.alpha, seed=0)
-        adapters = {name: value.detach().to(storage) for name, value in lora.parameters(block).items()}
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
+    shapes = linear_shapes(found)
+    if METHODS[params.method].adapted and params.adapter != "none":
+        state = Adapters(block, params, shapes, seed=0).state()
+        adapters = {name: stored(value, storage) for name, value in state.items()}
     return PackedBlock(block, shapes, tensors, adapters)
 
 
 def result_size(outline: Outline, params: QuantizeParams) -> Result:
     """Effective bits, counted as `apiq.checkpoint.accounting.effective_bits` counts them on the files, and bytes."""
-    spent, weights, trained = dict.fromkeys((*PARTS, "adapters"), 0), 0, 0
-    files, shapes, low_rank = {}, {}, {}
+    spent, weights = dict.fromkeys((*PARTS, "adapters"), 0), 0
+    files, shapes, fitted = {}, {}, {}
     for block, indices in outline.kinds():
         packed = packed_block(block, params, outline.storage)
         for part in PARTS:
             spent[part] += packed.bits(part) * len(indices)
-        spent["adapters"] += 8 * sum(value.nbytes for value in packed.adapters.values()) * len(indices)
-        trained += sum(value.numel() for value in packed.adapters.values()) * len(indices)
         weights += sum(math.prod(shape) for shape in packed.shapes.values()) * len(indices)
         for index in indices:
             prefix = f"{outline.blocks.path}.{index}"
             files[index] = {f"{prefix}.{name}": value for name, value in packed.tensors.items()}
             shapes |= {f"{prefix}.{name}": shape for name, shape in packed.shapes.items()}
-            low_rank |= {lora.model_key(outline.blocks.path, index, key): v for key, v in packed.adapters.items()}
+            fitted[index] = packed.adapters
     rest = {name: _stored(name, value, outline.storage) for name, value in outline.outside().items()}
+    adapters: dict[str, Tensor] = {}
+    if any(fitted.values()):
+        blocks = [fitted[index] for index in sorted(fitted)]
+        adapters = model_state(outline.blocks.path, blocks, TUNERS[params.adapter])
+    spent["adapters"] = 8 * sum(value.nbytes for value in adapters.values())
     parts = {part: bits / weights for part, bits in spent.items()}
     return Result(
         bits=Bits(**parts, total=sum(parts.values()), weights=weights),
         blocks=[safetensors_bytes(files[index], {"format": "pt"}) for index in sorted(files)],
         rest=safetensors_bytes(rest, {"format": "pt"}),
-        adapter=safetensors_bytes(low_rank, None) if low_rank else 0,
+        adapter=safetensors_bytes(adapters, None) if adapters else 0,
         beside=_beside(files, rest, shapes, params) + (outline.tokenizer_bytes or 0),
-        trained=trained,
+        trained=sum(value.numel() for value in adapters.values()),
     )
 
 
@@ -137,8 +143,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def _stored(name: str, value: Tensor, storage: torch.dtype) -> Tensor:
-    kept = name.endswith(".scales") or not value.is_floating_point()
-    return value.detach() if kept else value.detach().to(storage)
+    return value.detach() if name.endswith(".scales") else stored(value.detach(), storage)
 
 
 def _beside(

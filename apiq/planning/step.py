@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from apiq.blocks.capture import BlockCall
+from apiq.grids import sweeps
+
+PIECES = 16
+"""Pieces in which the largest weight is swept at least: its temporaries are overestimated by as little."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,6 @@ class Pass:
     """Bytes alive between forward and backward."""
     peak: int
     """Most bytes alive at a time, gradients included."""
-    forward: int
-    """Most bytes alive at a time in a forward that keeps nothing for a backward."""
     flops_forward: int
     """Floating point operations of the forward; a multiplication and an addition are two."""
     flops: int
@@ -46,6 +48,7 @@ def count_pass(
     weights: torch.dtype,
     compute: torch.dtype,
     device: torch.device,
+    around: Callable[[nn.Module], AbstractContextManager] = contextlib.nullcontext,
 ) -> Pass:
     """Count a forward and a backward of `block` (on the meta device) on hidden states of `shape`.
 
@@ -56,8 +59,36 @@ def count_pass(
         weights: precision of the frozen weights.
         compute: precision of the arithmetic, by autocast where it is not float32.
         device: where the block would run; decides which kernels are chosen.
+        around: what a method wraps around its descent.
     """
-    with FakeTensorMode() as mode, _precision(device, compute):
+    with _fake(block, call, shape, weights, compute, device) as (run, there):
+
+        def backward(output: Tensor) -> None:
+            nn.functional.mse_loss(output, torch.empty_like(output)).backward()
+
+        peak, kept, flops = _counted(run, backward, there, around(block))
+        with torch.no_grad():
+            flops_forward = _counted(run, lambda output: None, there)[2]
+    return Pass(kept=kept, peak=peak, flops_forward=flops_forward, flops=flops)
+
+
+def count_forward(
+    block: nn.Module, call: BlockCall, shape: tuple[int, int, int], weights: torch.dtype, compute: torch.dtype,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Most bytes alive at a time in a forward of `block` (used up) that keeps nothing; arguments as `count_pass`."""
+    with _fake(block, call, shape, weights, compute, device) as (run, there), torch.no_grad():
+        return _counted(run, lambda output: None, there)[0]
+
+
+@contextlib.contextmanager
+def _fake(
+    block: nn.Module, call: BlockCall, shape: tuple[int, int, int], weights: torch.dtype, compute: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[Callable[[], Tensor], list[Tensor]]]:  # fmt: skip
+    """A forward of `block` on tensors without data, and the tensors that are there before it."""
+    largest = max(parameter.numel() for parameter in block.parameters())
+    with FakeTensorMode() as mode, _precision(device, compute), _coarser(largest // PIECES):
         for name, value in [*block.named_parameters(), *block.named_buffers()]:
             empty = torch.empty(value.shape, dtype=_dtype(value, weights), device=device)
             kept = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
@@ -71,17 +102,12 @@ def count_pass(
         hidden = torch.empty(shape, dtype=compute, device=device, requires_grad=not _trains(block))
 
         def run() -> Tensor:
-            return BlockCall(*arguments).run(block, hidden).float()
+            return BlockCall(*arguments).run(block, hidden, slice(0, shape[0])).float()
 
         there = [hidden, *block.parameters(), *block.buffers()]
         there += [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
 
-        with torch.no_grad():
-            forward, _, flops_forward = _counted(run, lambda output: None, there)
-        peak, kept, flops = _counted(
-            run, lambda output: nn.functional.mse_loss(output, torch.empty_like(output)).backward(), there
-        )
-    return Pass(kept=kept, peak=peak, forward=forward, flops_forward=flops_forward, flops=flops)
+        yield run, there
 
 
 def count_head(rows: int, vocabulary: int, width: int, compute: torch.dtype, device: torch.device) -> int:
@@ -95,6 +121,17 @@ def count_head(rows: int, vocabulary: int, width: int, compute: torch.dtype, dev
             return nn.functional.cross_entropy((hidden @ weight.T).float(), labels)
 
         return _counted(loss, lambda value: value.backward(), [weight, hidden, labels])[0]
+
+
+@contextlib.contextmanager
+def _coarser(elements: int) -> Iterator[None]:
+    """Let `apiq.grids.sweeps` take pieces of at least so many elements: without data each costs the same."""
+    piece = sweeps.PIECE
+    sweeps.PIECE = max(piece, elements)
+    try:
+        yield
+    finally:
+        sweeps.PIECE = piece
 
 
 class _Alive(TorchDispatchMode):
@@ -130,12 +167,15 @@ class _Alive(TorchDispatchMode):
 
 
 def _counted(
-    forward: Callable[[], Tensor], backward: Callable[[Tensor], None], there: Iterable[Tensor]
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor], None],
+    there: Iterable[Tensor],
+    around: AbstractContextManager | None = None,
 ) -> tuple[int, int, int]:
     """Peak bytes, bytes between forward and backward, operations; `there` is not counted."""
     alive, flops = _Alive(), FlopCounterMode(display=False)
     alive.ignore(there)
-    with flops, alive:
+    with flops, alive, around or contextlib.nullcontext():
         output = forward()
         kept = alive.now
         backward(output)

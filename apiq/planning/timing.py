@@ -23,12 +23,12 @@ from apiq.planning.step import Pass
 from apiq.planning.trial import Trial, narrowed
 from apiq.planning.workload import fitting_pass, training_pass
 
-STEP, RUN, PACKING = 0.5, 6.0, 1.0
+STEP, RUN, PACKING = 0.3, 2.5, 1.0
 """Seconds that one optimizer step, the longest run and the packing of the trial's block may take, by a first guess."""
-SAMPLE = 512
+SAMPLE = 1024
 """Width of the linear whose packing is timed first."""
-NARROWEST, SHORTEST = 256, 32
-"""Hidden width and tokens below which a trial says nothing about the model."""
+NARROWEST, SHORTEST = 1024, 32
+"""Hidden width and tokens below which a trial says too little about a larger model."""
 ROWS, ENTRIES = 256, 2048
 """Tokens and entries of the vocabulary on which the head is timed."""
 USUAL, SCALED = 0.15, 0.25
@@ -68,9 +68,6 @@ class Calibration:
     full_tuning: Pass | None
     """Forward and backward of one packed block of the model itself, in finetuning."""
 
-    _patience: float = 1.0
-    """Share of a processor that this process gets: on a busy machine the trial is cut to stay within its time."""
-
     def run(self) -> Timing:
         """Time one block."""
         start, cpu = time.monotonic(), time.process_time()
@@ -79,6 +76,7 @@ class Calibration:
         params = self.params.model_copy(update={"rank": max(1, self.params.rank // factor)})
         with TemporaryDirectory(dir=standing(self.work), prefix=".apiq-plan.") as folder:
             trial = Trial(config, params, self.device, self.compute, self.outline.storage, Path(folder))
+            self._rate = self._measured_rate(trial)
             costs, block = self._quantizing(trial, params, factor)
             tuning = None if self.full_tuning is None else self._finetuning(trial, block, params, self.full_tuning)
         seconds = time.monotonic() - start
@@ -90,25 +88,22 @@ class Calibration:
         linear = nn.Linear(SAMPLE, SAMPLE, bias=False, device=self.device)
         fake = FakeQuantLinear(linear, Grid(self.params.bits, self.params.group_size, self.params.symmetric))
         fake.packed()
-        begin, cpu = time.monotonic(), time.process_time()
+        begin = time.process_time()
         fake.packed()
-        counted = time.process_time() - cpu
-        self._patience = min(1.0, counted / (time.monotonic() - begin))
-        rate = counted / SAMPLE**2
+        self._packing = (time.process_time() - begin) / SAMPLE**2
         weights, factor = _weights(self.outline.blocks.modules[0]), 1
-        while rate * weights / factor**2 > PACKING * self._patience and self.outline.width // (2 * factor) >= NARROWEST:
+        while self._packing * weights / factor**2 > PACKING and self.outline.width // (2 * factor) >= NARROWEST:
             factor *= 2
         return factor
 
     def _quantizing(self, trial: Trial, params: QuantizeParams, factor: int) -> tuple[Costs, nn.Module]:
         trial.quantize((1, SHORTEST), 1, min(1, params.epochs))  # imports, kernels, allocators
-        shape = self._shorter(self.shape, self._rate(trial), self.full.flops / factor**2)
+        shape = self._shorter(self.shape, self.full.flops / factor**2)
         work = self._counted(trial, params, shape)
         total = -(-self.windows // self.shape[0])
-        step = work.flops / self._rate(trial)
-        run = RUN * self._patience
-        batches = max(1, min(total, int(run / 3 / step) or 1, 16))
-        epochs = min(params.epochs, max(1, int(run / (batches * step))), 8)
+        step = work.flops / self._rate
+        batches = max(1, min(total, int(RUN / 3 / step) or 1, 16))
+        epochs = min(params.epochs, max(1, int(RUN / (batches * step))), 8)
         few = trial.quantize(shape, shape[0], 0)[0].seconds
         many = trial.quantize(shape, batches * shape[0], 0)[0].seconds if batches > 1 else few
         fitted, block = trial.quantize(shape, batches * shape[0], epochs)
@@ -122,12 +117,13 @@ class Calibration:
             a, b = two_sizes(s, less / (batches * max(1, epochs)), (work.flops, shorter.flops))
             s, spread = a * weights + b * self.full.flops, max(SCALED, spread)
             p *= self.full.flops_forward / work.flops_forward
-        return Costs(c * weights, p, s, max(USUAL, spread), shape, factor), block
+        c += self._packing * (_weights(self.outline.blocks.modules[0]) - _weights(trial.meta))
+        return Costs(c, p, s, max(USUAL, spread), shape, factor), block
 
     def _finetuning(self, trial: Trial, block: nn.Module, params: QuantizeParams, full: Pass) -> float:
         """Seconds of one batch through all blocks and the head."""
         asked = (self.finetune.batch_size, self.finetune.length)
-        shape = self._shorter(asked, self._rate(trial), full.flops)
+        shape = self._shorter(asked, full.flops)
         again, dtype = self.finetune.activation_checkpointing, self.tuning_dtype
         seconds = trial.finetune(block, shape, again, dtype)
         weights = _weights(self.outline.blocks.modules[0]) / _weights(trial.meta)
@@ -145,20 +141,20 @@ class Calibration:
         head = trial.head(ROWS, timed, dtype) * entries / timed * asked[0] * asked[1] / ROWS
         return seconds * len(self.outline.blocks.modules) + head * self.outline.width / trial.width
 
-    def _rate(self, trial: Trial) -> float:
+    def _measured_rate(self, trial: Trial) -> float:
         """Operations a second of a forward of the trial's block."""
         call, block = trial.calls(SHORTEST)[0], trial.block()
         hidden = torch.randn(1, SHORTEST, trial.width, device=self.device)
         with torch.no_grad(), trial.precision():
-            call.run(block, hidden)
+            call.run(block, hidden, slice(0, 1))
             begin = time.process_time()
-            call.run(block, hidden).sum().item()
+            call.run(block, hidden, slice(0, 1)).sum().item()
         return 2 * _weights(block) * SHORTEST / (time.process_time() - begin)
 
-    def _shorter(self, shape: tuple[int, int], rate: float, operations: float) -> tuple[int, int]:
-        """The largest batch of at most `shape` whose step may take STEP seconds: fewer windows first, then shorter ones."""
+    def _shorter(self, shape: tuple[int, int], operations: float) -> tuple[int, int]:
+        """The largest batch up to `shape` whose step may take STEP seconds: fewer windows first, then shorter."""
         batch, length = shape
-        while operations / rate > STEP * self._patience and (batch > 1 or length > SHORTEST):
+        while operations / self._rate > STEP and (batch > 1 or length > SHORTEST):
             batch, length = (batch // 2, length) if batch > 1 else (batch, length // 2)
             operations /= 2
         return batch, length

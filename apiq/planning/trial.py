@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
-from apiq.blocks.activations import Activations
-from apiq.blocks.capture import BlockCall, capture
+from apiq.adapters.injection import parameters
+from apiq.blocks.activations import Activations, Home
+from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
 from apiq.blocks.store import BlockStore
+from apiq.blocks.unfuse import unfuse
 from apiq.blocks.walk import deploy
 from apiq.checkpoint.writing import write_block
 from apiq.methods import build
 from apiq.params import QuantizeParams
-from apiq.planning.outline import skeleton
+from apiq.planning.outline import block_calls, probe
 
 _TILE = 2**16
 """Random numbers that fill a weight over and over: drawing as many as it has would take longer than the trial."""
@@ -56,14 +58,13 @@ class Trial:
     """Where the blocks and activations are written, on the disk of the unfinished work."""
 
     def __post_init__(self) -> None:
-        self.model, self.blocks = skeleton(self.config)
-        self.meta = copy.deepcopy(self.blocks.modules[0])
+        self.model, self.blocks = probe(self.config)
+        self.meta = unfuse(copy.deepcopy(self.blocks.modules[0]))
         self.width = int(self.config.get_text_config().hidden_size)
 
     def calls(self, length: int) -> list[BlockCall]:
         """The arguments of the blocks for windows of `length` tokens."""
-        window = torch.zeros(1, length, dtype=torch.long)
-        return capture(self.model, self.blocks.modules, window, self.device, self.compute, 1)[1]
+        return block_calls(self.model, self.blocks, length, self.device)
 
     def block(self) -> nn.Module:
         """The first block with random weights."""
@@ -80,15 +81,18 @@ class Trial:
 
     def quantize(self, shape: tuple[int, int], windows: int, epochs: int) -> tuple[Run, nn.Module]:
         """What the walk does with one block on `windows` windows of (batch, length); the deployed block."""
-        params = self.params.model_copy(update={"epochs": epochs, "batch_size": shape[0]})
+        params = self.params.model_copy(
+            update={"epochs": epochs, "batch_size": shape[0], "held_out": 0.0, "patience": 0}
+        )
         method, call, marks = build(params), self.calls(shape[1])[0], []
         block = self.block()
         rows = torch.randn(windows, shape[1], self.width, generator=torch.Generator().manual_seed(1))
-        X = Activations(rows.to(self.device, self.compute), self.device) if method.calibrated else None
-        Xq = X.mapped(lambda hidden: hidden * 1.01, shape[0]) if X is not None else None
+        X = Activations(rows.to(self.device, self.compute), Home("device", self.device)) if method.calibrated else None
+        Xq = X.mapped(lambda hidden, batch: hidden * 1.01, shape[0]) if X is not None else None
         with self._clock() as clock:
             problem = Problem(
-                index=1, block=block, call=call, X=X, Xq=Xq, targets=None, seed=0, autocast=self.precision,
+                index=1, block=block, call=call, X=X, Xq=Xq, targets=None, counted=None, seed=0,
+                autocast=self.precision,
                 report=lambda share, loss, detail: marks.append((detail.rpartition("epoch ")[0], clock())),
             )  # fmt: skip
             if X is not None:
@@ -105,15 +109,16 @@ class Trial:
 
     def finetune(self, block: nn.Module, shape: tuple[int, int], checkpointing: bool, dtype: torch.dtype) -> float:
         """Seconds of a forward and backward through the deployed `block` on a batch of (batch, length)."""
-        call = self.calls(shape[1])[0]
+        call, whole = self.calls(shape[1])[0], slice(0, shape[0])
         hidden = torch.randn(*shape, self.width, device=self.device).requires_grad_()
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_("lora_" in name)
+        block.requires_grad_(False)
+        for parameter in parameters(block).values():
+            parameter.requires_grad_(True)
 
         def step() -> None:
             with self.precision(dtype):
-                output = checkpoint(call.run, block, hidden, use_reentrant=False) if checkpointing else None
-                output = call.run(block, hidden) if output is None else output
+                output = checkpoint(call.run, block, hidden, whole, use_reentrant=False) if checkpointing else None
+                output = call.run(block, hidden, whole) if output is None else output
             assert isinstance(output, Tensor)
             output.float().square().mean().backward()
 

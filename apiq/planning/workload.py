@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import math
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from apiq.adapters import lora
+from apiq.adapters.injection import parameters
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
+from apiq.blocks.unfuse import Experts
 from apiq.grids.affine import Grid
+from apiq.layers.joint import jointly
 from apiq.methods import METHODS
-from apiq.methods.fitting import wrap
+from apiq.methods.fitting import Fit
 from apiq.params import QuantizeParams
-from apiq.planning.memory import BlockSizes
+from apiq.planning.memory import SMALL, BlockSizes
 from apiq.planning.size import PackedBlock
-from apiq.planning.step import Pass, count_pass
+from apiq.planning.step import Pass, count_forward, count_pass
 
 
-def block_sizes(block: nn.Module, packed: PackedBlock, params: QuantizeParams) -> BlockSizes:
+def block_sizes(block: nn.Module, packed: PackedBlock, params: QuantizeParams, weight_bytes: int) -> BlockSizes:
     """The sizes of a block on the meta device."""
     grid, found = Grid(params.bits, params.group_size, params.symmetric), linears(block).values()
     return BlockSizes(
@@ -30,6 +35,7 @@ def block_sizes(block: nn.Module, packed: PackedBlock, params: QuantizeParams) -
         adapter=sum(value.numel() for value in packed.adapters.values()),
         largest=max(linear.weight.numel() for linear in found),
         widest=max(linear.in_features for linear in found),
+        small=sum(p.numel() for p in block.parameters() if p.numel() * weight_bytes < SMALL),
     )
 
 
@@ -38,23 +44,53 @@ def fitting_pass(
     compute: torch.dtype, storage: torch.dtype, device: torch.device,
 ) -> Pass:  # fmt: skip
     """One optimizer step on a batch (batch, length, width) of a block on the meta device that stays as it is."""
-    block = copy.deepcopy(block)
+    weights = compute if compute == torch.float32 else storage
+    around = jointly if params.method == "apiq-bw" else contextlib.nullcontext
+    return count_pass(_fitted(block, call, params), call, shape, weights, compute, device, around)
+
+
+def passing(
+    block: nn.Module, call: BlockCall, params: QuantizeParams, shape: tuple[int, int, int],
+    compute: torch.dtype, storage: torch.dtype, device: torch.device,
+) -> int:  # fmt: skip
+    """Most bytes alive at a time when windows (batch, length, width) only pass through a block that is fitted."""
+    weights = compute if compute == torch.float32 else storage
+    return count_forward(_fitted(block, call, params), call, shape, weights, compute, device)
+
+
+def _fitted(block: nn.Module, call: BlockCall, params: QuantizeParams) -> nn.Module:
+    """A copy of a block with all that the method trains in it."""
+    block = _evenly_routed(copy.deepcopy(block))
     if METHODS[params.method].adapted:
         problem = Problem(
-            index=0, block=block, call=call, X=None, Xq=None, targets=None, seed=0,
+            index=0, block=block, call=call, X=None, Xq=None, targets=None, counted=None, seed=0,
             autocast=contextlib.nullcontext, report=lambda share, loss, detail: None,
         )  # fmt: skip
-        wrap(problem, params)
-    weights = compute if compute == torch.float32 else storage
-    return count_pass(block, call, shape, weights, compute, device)
+        Fit(problem, params)
+    return block
 
 
 def training_pass(
     packed: PackedBlock, call: BlockCall, shape: tuple[int, int, int], compute: torch.dtype, device: torch.device
 ) -> Pass:
     """Forward and backward of a packed block with trainable adapters on a batch (batch, length, width)."""
-    block = copy.deepcopy(packed.module).requires_grad_(False).to(compute)
-    for parameter in lora.parameters(block).values():
+    block = _evenly_routed(copy.deepcopy(packed.module)).requires_grad_(False).to(compute)
+    for parameter in parameters(block).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return count_pass(block, call, shape, compute, compute, device)
+
+
+def _evenly_routed(block: nn.Module) -> nn.Module:
+    """Let every expert of a mixture take its even share of the tokens: where they go cannot be told without data."""
+    for module in block.modules():
+        if isinstance(module, Experts):
+            module._chosen = functools.partial(_evenly, len(module))
+    return block
+
+
+def _evenly(experts: int, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    rows, chosen = top_k_index.shape
+    share = torch.arange(min(rows, math.ceil(rows * chosen / experts)), device=top_k_index.device)
+    for number in range(experts):
+        yield number, share, torch.zeros_like(share)

@@ -2,7 +2,10 @@
 
 import pytest
 
+from apiq.blocks import walk
 from apiq.errors import ApiqError
+from apiq.memory import OutOfMemory
+from apiq.methods.apiq_bw import ApiqBlockwise
 
 
 class Stopped(Exception):
@@ -66,3 +69,24 @@ def test_the_old_output_stays_until_the_new_one_stands(make):
     assert content(old) == before
     make("kept", bits=3)
     assert content(old) != before
+
+
+def test_when_one_window_does_not_fit_the_activations_leave_the_device_and_the_block_is_done_again(make, monkeypatch):
+    """On a stand-in for a GPU: the walk cannot tell a device that says it is one."""
+    whole, _ = make("whole")
+    homes, solve = [], ApiqBlockwise.solve
+
+    def short_of_memory(self, problem):
+        homes.append(problem.X.home.kind)
+        if homes[-1] == "device":
+            raise OutOfMemory("no memory for a single window")
+        return solve(self, problem)
+
+    monkeypatch.setattr(ApiqBlockwise, "solve", short_of_memory)
+    with pytest.raises(OutOfMemory):
+        make("short")  # on a CPU there is nowhere to move to
+    assert homes == ["device"]
+    monkeypatch.setattr(walk, "movable", lambda X: X is not None and X.home.kind == "device")
+    again, _ = make("again")
+    assert homes[1:] == ["device", "memory", "memory"]
+    assert content(again) == content(whole)

@@ -79,6 +79,16 @@ def test_quantize_prints_one_json_object_and_progress_apart(quantized):
     assert "block 2/2" in err
 
 
+def test_another_adapter_on_a_part_of_the_linears(apiq, model, corpus, tmp_path):
+    form = ("quantize", model, "--out", tmp_path / "q", *SMALL, "--calibration", corpus)
+    status, _, err = apiq(*form, "--adapter", "dora", "--adapter-targets", "attn")
+    assert status == 0, err
+    config = json.loads((tmp_path / "q" / "adapter" / "adapter_config.json").read_text())
+    assert config["use_dora"] and "self_attn" in config["target_modules"] and "mlp" not in config["target_modules"]
+    status, _, err = apiq(*form, "--adapter-targets", "attn,query")
+    assert status == 1 and "quantize.adapter_targets names query" in err
+
+
 def test_evaluate_uses_the_adapters_unless_told_not_to(apiq, quantized, corpus):
     folder = quantized[0]
     form = ("--text", corpus, "--windows", 8, "--length", 16, "--json")

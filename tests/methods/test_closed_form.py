@@ -32,9 +32,9 @@ def error(problem, **values):
 def test_adapters_solve_the_regression_of_the_deployed_block(problem, name):
     """X is what the linear gets in the full-precision block, Xq what it gets in the deployed one."""
     _, case = solved(problem, method="closed-form", closed_form={"damping": 1e-9})
-    X = inputs(problem, problem.X, problem.block.get_submodule(name), 3).rows.flatten(0, 1).double()
+    X = inputs(problem, problem.X, problem.block.get_submodule(name)).rows.flatten(0, 1).double()
     deployed = case.block.get_submodule(name)
-    Xq = inputs(case, case.Xq, deployed, 3).rows.flatten(0, 1).double()
+    Xq = inputs(case, case.Xq, deployed).rows.flatten(0, 1).double()
     W, Q = problem.block.get_submodule(name).weight.double(), deployed.base_layer.dequantized().double()
     A, B = asymmetric(W, Q, Xq.t() @ Xq, Xq.t() @ X, 4)
     lora = deployed.lora_B["default"].weight.double() @ deployed.lora_A["default"].weight.double() * 2.0

@@ -13,7 +13,7 @@ from apiq.methods.moments import damped, in_order, moments, settle
 
 
 def tokens_of(problem, hidden, name):
-    return inputs(problem, hidden, problem.block.get_submodule(name), 3).rows
+    return inputs(problem, hidden, problem.block.get_submodule(name)).rows
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])

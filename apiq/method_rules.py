@@ -1,0 +1,34 @@
+"""What methods cannot be combined with: refused with the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apiq.adapters.tuners import TUNERS
+from apiq.method_params import NORMAL_FLOAT_BITS
+from apiq.refusals import require
+
+if TYPE_CHECKING:
+    from apiq.quantize_params import QuantizeParams
+
+
+def combinations(params: QuantizeParams) -> None:
+    """Refuse levels and adapters that the method does not have.
+
+    Raises:
+        ValueError: the first such parameter; `apiq.refusals.sentence` knows how to read it.
+    """
+    if params.normal_float:
+        low, high = NORMAL_FLOAT_BITS
+        levels = f"the NormalFloat of method {params.method}"
+        require(low <= params.bits <= high, "bits", params.bits, f"{low} to {high} for {levels}")
+        require(not params.symmetric, "symmetric", params.symmetric, f"false for {levels}, which has no zero points")
+    fitted = params.method in ("loftq", "closed-form")
+    if fitted or (params.start == "closed-form" and params.method in ("apiq-lw", "apiq-bw")):
+        what = f"method {params.method}" if fitted else "start closed-form"
+        require(params.adapter == "lora", "adapter", params.adapter, f"lora for {what}, which finds its A and B")
+        options = params.adapter_options
+        require(not options, "adapter_options", options, f"{{}} for {what}, which finds A and B of plain LoRA")
+    if params.method in ("qlora", "gptq-lora") and params.adapter != "none":
+        moves = TUNERS[params.adapter].moves_weight
+        require(not moves, "adapter", params.adapter, f"one that starts at no change for method {params.method}")

@@ -1,0 +1,89 @@
+"""From what was counted of a model to what each place must hold: GPU, RAM and disk, by part."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apiq.blocks.walk import COPIES
+from apiq.methods import METHODS
+from apiq.params import Params
+from apiq.planning import memory
+from apiq.planning.machine import Machine
+from apiq.planning.outline import Outline
+from apiq.planning.size import Result
+from apiq.planning.step import Pass, count_head
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, parameters and a machine, with what was counted of them."""
+
+    params: Params
+    outline: Outline
+    result: Result
+    machine: Machine
+    device: torch.device
+    compute: torch.dtype
+    tuning_device: torch.device
+    tuning_dtype: torch.dtype
+    sizes: memory.BlockSizes
+    fitting: Pass
+    passing: int
+    training: Pass | None
+    work: Path
+
+
+def weight_bytes(compute: torch.dtype, storage: torch.dtype) -> int:
+    """Bytes of a weight in a block that is being quantized: only float32 arithmetic asks for float32 weights."""
+    return 4 if compute == torch.float32 else storage.itemsize
+
+
+def quantizing_needs(setting: Setting) -> dict[str, Any]:
+    """GPU memory, RAM and disk of a quantization, by part, and where the activations live."""
+    params, shapes, machine = setting.params, setting.outline, setting.machine
+    item = setting.compute.itemsize
+    method = params.quantize.method
+    weight = weight_bytes(setting.compute, shapes.storage)
+    one = memory.activations(params.calibration.windows, params.calibration.length, shapes.width, item)
+    copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
+    sets = int(one * copies)
+    solver = memory.solver(setting.sizes, setting.fitting, setting.passing, weight, METHODS[method].calibrated)
+    home = memory.home(params.quantize.activations, COPIES * one if sets else 0, machine.gpu, machine.ram)
+    embeddings = weight * sum(value.numel() for value in shapes.outside().values())
+    gpu, at_work = (None, dict(solver)) if machine.gpu is None else (dict(solver), {})
+    if home == "gpu" and gpu is not None:
+        gpu["activations"] = sets
+    elif home == "ram":
+        at_work["activations"] = sets
+    if gpu is None and platform.libc_ver()[0] == "glibc":
+        at_work["kept by the allocator"] = memory.allocator(setting.sizes, weight, len(shapes.blocks.modules))
+    ram = memory.host(at_work, embeddings, one if home == "ram" else 0)
+    written = memory.work_folder(
+        setting.result.packed, setting.result.adapter, one if sets else 0, sets if home == "disk" else 0
+    )
+    disk = {"result": setting.result.total, "unfinished work": written}
+    return {"gpu": gpu, "ram": {**ram, "interpreter": machine.interpreter}, "disk": disk, "activations": home}
+
+
+def tuning_needs(setting: Setting) -> dict[str, Any] | None:
+    """GPU memory and RAM of finetuning, by part; None where there are no adapters to train."""
+    params, shapes, work = setting.params.finetune, setting.outline, setting.training
+    if work is None:
+        return None
+    item, tokens = setting.tuning_dtype.itemsize, params.batch_size * params.length
+    outside = sum(value.numel() for value in shapes.outside().values())
+    entries = int(shapes.config.get_text_config().vocab_size)
+    head = count_head(tokens, entries, shapes.width, setting.tuning_dtype, setting.tuning_device)
+    parts = memory.training(
+        sum(setting.result.blocks), outside, item, setting.result.trained, work, len(shapes.blocks.modules),
+        tokens * shapes.width * 4, head, params.activation_checkpointing, memory.DEQUANTIZED * setting.sizes.largest,
+    )  # fmt: skip
+    loaded = {"interpreter": setting.machine.interpreter}
+    if setting.machine.gpu is None or setting.tuning_device.type == "cpu":
+        return {"gpu": None, "ram": {**parts, **loaded}}
+    return {"gpu": parts, "ram": {"loading": parts["packed model"], **loaded}}

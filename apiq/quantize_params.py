@@ -1,0 +1,138 @@
+"""The section `quantize` of params.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from apiq.adapters.tuners import REFUSED
+from apiq.method_params import (
+    WITHOUT_ADAPTERS,
+    WITHOUT_CALIBRATION,
+    ClosedFormParams,
+    GptqParams,
+    LoftqParams,
+    Method,
+    OmniquantParams,
+    QloraParams,
+)
+from apiq.method_rules import combinations
+from apiq.refusals import require
+from apiq.section import Decay, Device, DType, Positive, Rate, Section, Seed
+
+Adapter = Literal[
+    "none", "lora", "rslora", "dora", "pissa", "olora", "adalora", "adamss", "beft", "boft", "c3a", "deft", "delora",
+    "fourierft", "gralora", "hira", "hiwi", "houlsby", "hra", "ia3", "loha", "lokr", "miss", "oft", "osf", "peanut",
+    "psoft", "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "vblora", "vera", "waveft",
+]  # fmt: skip
+
+
+class QuantizeParams(Section):
+    """How the codes, clipping ranges and adapters are found (sections 4.1 to 4.3 of the paper)."""
+
+    method: Method = "apiq-bw"
+    """Without adapters: rtn (round to nearest), gptq, awq, omniquant. With adapters that start at zero: qlora,
+    gptq-lora. Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
+    layer), apiq-bw (block by block)."""
+    bits: Annotated[int, Field(ge=1, le=8)] = 2
+    """Bits of a code, b."""
+    group_size: Annotated[int, Field(ge=0)] = 64
+    """Weights that share a scale and a zero point, g; 0 for one group a row. Need not divide the width."""
+    symmetric: bool = False
+    """Fixed zero point 2^(b-1) instead of a learned one."""
+    rank: Positive = 64
+    """Rank r of the adapters A (in x r) and B (out x r), or what sets the size of another kind of adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """LoRA scaling: the adapters act as alpha / r * A B^T. Only for adapters that have it."""
+    adapter: Adapter = "lora"
+    """What is trained beside the codes: a tuner of PEFT, hiwi, houlsby, or none for the quantizer alone.
+    docs/reference/adapters.md lists them, with what rank and alpha are for each."""
+    adapter_targets: Annotated[list[str], Field(min_length=1)] = ["all"]  # noqa: RUF012 (pydantic copies it)
+    """Linears that carry adapters: all, attn, ffn, names as in self_attn.q_proj, or ends of names as in q_proj.
+    The others are quantized all the same."""
+    adapter_options: dict[str, Any] = Field(default_factory=dict)
+    """More fields of the tuner's config in PEFT, as in {use_dora: true}."""
+    start: Literal["default", "closed-form"] = "default"
+    """Start of A and B in apiq-lw and apiq-bw: A at random and B = 0, or the best ones for the unfitted codes."""
+    epochs: Annotated[int, Field(ge=0)] = 20
+    """Passes over the calibration windows for each block (or layer)."""
+    batch_size: Positive = 1
+    """Windows in a step. The learning rates are used as they are and were chosen for steps of 1 window; for b windows
+    multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287)."""
+    shuffle: bool = False
+    """Take the windows in another random order in every pass; Table A.1 keeps one order."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rates stay, as in Table A.1, or fall to 0 along a cosine over the steps of a block."""
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the windows, the last ones, that is not trained on; the state with the lowest loss on them is kept.
+    0: all are trained on, and the last state is kept."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Passes without a lower loss on the held-out windows after which a block is done; 0: never. Needs held_out."""
+    lr_theta: Rate = 0.005
+    """Learning rate of the clipping factors gamma and beta."""
+    decay_theta: Decay = 0.1
+    """AdamW weight decay of gamma and beta; pulls the clipping factors towards sigmoid(0) = 1/2."""
+    lr_adapter: Rate = 0.0005
+    """Learning rate of A and B, or of the parameters of another adapter."""
+    decay_adapter: Decay = 0.1
+    """AdamW weight decay of A and B. Biases, and scales that do nothing at 1, are spared."""
+    second_term: bool = True
+    """Add the second loss term of the authors' code, which is not in the paper (apiq-bw only):
+    the full-precision block on the quantized input is a second target."""
+    dtype: DType = "auto"
+    """Arithmetic of the solver: auto is bfloat16 autocast on a GPU and float32 on a CPU."""
+    device: Device = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    activations: Literal["auto", "device", "memory", "disk"] = "auto"
+    """Where the inputs and targets of a block are kept: on the device, in memory (pinned) or in files in the work
+    folder; auto takes the first in which they fill at most half of what is free."""
+    seed: Seed = 0
+    """Seed of the initial A and of every random choice."""
+    gptq: GptqParams = Field(default_factory=GptqParams)
+    """For methods gptq and gptq-lora."""
+    omniquant: OmniquantParams = Field(default_factory=OmniquantParams)
+    """For method omniquant."""
+    qlora: QloraParams = Field(default_factory=QloraParams)
+    """For method qlora."""
+    loftq: LoftqParams = Field(default_factory=LoftqParams)
+    """For method loftq."""
+    closed_form: ClosedFormParams = Field(default_factory=ClosedFormParams)
+    """For method closed-form and for start closed-form."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are left to finetune."""
+        return self.method not in WITHOUT_ADAPTERS and self.adapter != "none"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs calibration windows."""
+        return self.method not in WITHOUT_CALIBRATION
+
+    @property
+    def normal_float(self) -> bool:
+        """Whether the levels are those of NormalFloat."""
+        return self.method == "qlora" or (self.method == "loftq" and self.loftq.levels == "normal-float")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usable(cls, values: Any) -> Any:
+        name = values.get("adapter") if isinstance(values, Mapping) else None
+        reason = REFUSED.get(name) if isinstance(name, str) else None
+        require(reason is None, "adapter", name, f"another one: {reason}")
+        return values
+
+    @field_validator("adapter_targets", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One text is a list too: attn, or q_proj,v_proj."""
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> QuantizeParams:
+        require(not (self.symmetric and self.bits == 1), "bits", self.bits, "at least 2 when symmetric is true")
+        require(not self.patience or self.held_out > 0, "patience", self.patience, "0 when held_out is 0")
+        combinations(self)
+        return self

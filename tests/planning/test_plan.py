@@ -1,0 +1,211 @@
+"""The whole plan: from a config.json alone, on this machine or on a made-up one."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig
+
+from apiq.errors import ApiqError
+from apiq.params import parse
+from apiq.planning import needs as needing
+from apiq.planning import plan as planning
+from apiq.planning.machine import Machine
+from apiq.planning.plan import plan
+from apiq.planning.shortfalls import problems
+from apiq.planning.trial import narrowed
+
+SETTINGS = {
+    "calibration": {"windows": 4, "length": 16},
+    "quantize": {"rank": 4, "group_size": 16, "epochs": 2, "device": "cpu"},
+    "finetune": {"length": 16, "batch_size": 2, "device": "cpu"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("APIQ_WORK", str(tmp_path / "work"))
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "outline")
+    return tmp_path / "outline"
+
+
+def params(folder, **sections):
+    laid = {key: {**SETTINGS.get(key, {}), **sections.get(key, {})} for key in {*SETTINGS, *sections}}
+    return parse({"model": {"source": str(folder)}, **laid})
+
+
+def test_a_plan_is_json_and_says_what_was_asked(folder):
+    told = json.loads(json.dumps(plan(params(folder), timed=False), allow_nan=False))
+    assert told["model"]["blocks"] == 3
+    assert told["result"]["effective_bits"] == pytest.approx(sum(
+        told["result"]["bits"][part] for part in ("codes", "scales", "zeros", "adapters")))  # fmt: skip
+    assert told["quantize"]["activations"] == "ram"
+    assert told["quantize"]["gpu"] is None
+    assert "seconds" not in told["quantize"]
+    assert told["problems"] == []
+    assert list(folder.iterdir()) == [folder / "config.json"]
+
+
+def test_the_time_is_measured_on_this_machine(folder, tmp_path):
+    told = plan(params(folder), out=tmp_path / "out")
+    quantizing = told["quantize"]
+    assert quantizing["trial"] == {"windows": 1, "length": 16, "narrower": 1, "seconds": quantizing["trial"]["seconds"]}
+    assert 0 < quantizing["cpu_seconds"] < 60
+    assert told["finetune"]["tokens_per_second"] > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["outline"]
+
+
+def test_rounding_needs_no_activations_and_leaves_nothing_to_finetune(folder):
+    told = plan(params(folder, quantize={"method": "rtn"}), timed=False)
+    assert told["finetune"] is None
+    assert told["quantize"]["ram"].get("activations", 0) == 0
+    assert told["result"]["bits"]["adapters"] == 0
+
+
+def test_checkpointing_needs_less(folder):
+    without = plan(params(folder), timed=False)["finetune"]["ram"]
+    with_it = plan(params(folder, finetune={"activation_checkpointing": True}), timed=False)["finetune"]["ram"]
+    assert with_it["activations"] < without["activations"] / 3
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"calibration": {"length": 65}}, "calibration.length is 65; it should be at most 64"),
+        ({"finetune": {"length": 80}}, "finetune.length is 80; it should be at most 64"),
+        ({"quantize": {"rank": 17}}, "quantize.rank is 17; it should be at most 16"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(folder, sections, sentence):
+    with pytest.raises(ApiqError, match=sentence):
+        plan(params(folder, **sections), timed=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [("nobody/nothing", "neither in the cache nor to be had"), ("./nowhere", "there is no model folder")],
+)
+def test_a_model_that_cannot_be_had(source, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ApiqError, match=sentence):
+        plan(parse({"model": {"source": source}}), timed=False)
+
+
+def test_an_empty_folder_and_a_quantized_one(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ApiqError, match=r"has no config\.json to plan from"):
+        plan(params(tmp_path / "empty"), timed=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "apiq"}}))
+    with pytest.raises(ApiqError, match="is quantized already"):
+        plan(params(folder), timed=False)
+
+
+ROOM = Machine("cpu", 1, 0.0, ram=10**9, gpu=None, disk={"result": 10**9, "unfinished work": 10**9}, interpreter=10**8)
+
+
+def told_problems(machine=ROOM, ram=10**8, gpu=None, tuning=None, disk=10**6, **sections):
+    settings = parse({"quantize": {"batch_size": 1}, **sections})
+    needs = {"ram": {"activations": ram, "block": 10**6}, "gpu": gpu, "disk": {"result": disk, "unfinished work": disk}}
+    return problems(settings, needs, tuning, machine)
+
+
+def test_what_fits_is_no_problem():
+    assert told_problems() == []
+
+
+def test_too_little_ram_names_windows_that_would_fit():
+    (sentence,) = told_problems(ram=2 * 10**9, calibration={"windows": 128})
+    windows = int(sentence.rpartition(" to ")[2].rstrip("."))
+    assert "set calibration.windows from 128 to" in sentence
+    assert told_problems(ram=2 * 10**9 * windows // 128, calibration={"windows": windows}) == []
+    assert told_problems(ram=2 * 10**9 * (windows + 1) // 128, calibration={"windows": windows + 1}) != []
+
+
+def test_too_little_gpu_memory_and_disk():
+    machine = dataclasses.replace(ROOM, gpu=100)
+    (sentence,) = told_problems(machine, gpu={"block": 200}, quantize={"batch_size": 8})
+    assert "set quantize.batch_size from 8 to 1" in sentence
+    (sentence,) = told_problems(disk=2 * 10**9)
+    assert "set --out to a folder on a larger disk" in sentence
+
+
+def test_finetuning_that_does_not_fit_is_told_the_next_thing_to_change():
+    need = {"ram": {"activations": 3 * 10**9}, "gpu": None}
+    (first,) = told_problems(tuning=need)
+    assert "set finetune.activation_checkpointing from false to true" in first
+    (second,) = told_problems(tuning=need, finetune={"activation_checkpointing": True, "batch_size": 4})
+    assert "finetune.batch_size from 4 to 2 and finetune.accumulation from 16 to 32" in second
+
+
+def test_a_gpu_that_is_too_small_for_the_activations_sends_them_to_ram(folder):
+    setting = planning._setting(params(folder), folder)
+
+    def needs(gpu):
+        return needing.quantizing_needs(
+            dataclasses.replace(setting, machine=dataclasses.replace(setting.machine, gpu=gpu))
+        )
+
+    roomy, sets = needs(10**9), 5 * 4 * 16 * 32 * 4
+    assert roomy["gpu"]["activations"] == sets
+    assert needs(2 * sets)["activations"] == "gpu"
+    tight = needs(2 * sets - 1)
+    assert tight["activations"] == "ram"
+    assert tight["ram"]["activations"] == sets
+    assert "activations" not in tight["gpu"]
+
+
+def test_a_narrower_model_keeps_the_width_of_its_heads():
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=8)
+    text = narrowed(config, 4)
+    assert (text.hidden_size, text.intermediate_size) == (1024, 2752)
+    assert (text.num_attention_heads, text.num_key_value_heads) == (8, 2)
+    assert text.hidden_size // text.num_attention_heads == 4096 // 32
+    assert config.hidden_size == 4096
+
+
+CHILD = """
+import json, sys, torch
+from apiq.params import QuantizeParams
+from apiq.quantization import quantize
+small, folder, out, windows, length = sys.argv[1:4] + [int(n) for n in sys.argv[4:]]
+settings = QuantizeParams(rank=4, group_size=64, epochs=1, device="cpu")
+def peak():  # of this program: ru_maxrss starts with that of the parent
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+quantize(small, torch.randint(0, 61, (2, 8)), settings, out)
+before = peak()
+quantize(folder, torch.randint(0, 61, (windows, length)), settings, out)
+print(json.dumps((peak() - before) * 1024))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_predicted_memory_against_the_peak_of_a_child_process(tmp_path, monkeypatch):
+    """What is alive, that is: with the C library told to give back all that is freed."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setenv("APIQ_WORK", str(tmp_path / "work"))
+    for name, width, blocks in (("small", 16, 1), ("large", 512, 4)):
+        config = LlamaConfig(
+            vocab_size=61, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large"), str(tmp_path / "out")]
+    giving = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    child = subprocess.run([*command, "32", "32"], capture_output=True, check=True, text=True, env=giving)
+    measured = int(child.stdout)
+    settings = params(
+        tmp_path / "large", calibration={"windows": 32, "length": 32}, quantize={"epochs": 1, "group_size": 64}
+    )
+    need = plan(settings, timed=False)["quantize"]["ram"]
+    predicted = sum(size for part, size in need.items() if part not in ("interpreter", "kept by the allocator"))
+    assert predicted == pytest.approx(measured, rel=0.25), (need, measured)
