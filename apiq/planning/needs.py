@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
 from apiq.methods import build
 from apiq.params import Params
@@ -61,7 +62,14 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     elif home == "ram":
         at_work["activations"] = sets
     if gpu is None and platform.libc_ver()[0] == "glibc":
-        at_work["kept by the allocator"] = memory.allocator(setting.sizes, weight, len(shapes.blocks.modules))
+        tokens = min(one // (item * shapes.width), max(params.calibration.length, TOKENS))
+        pieces = {
+            "block": weight * setting.sizes.largest,
+            "step": 4 * tokens * setting.sizes.widest,
+            "activations": one,
+        }
+        small = sum(size for part, size in at_work.items() if pieces.get(part, 0) < memory.SMALL)
+        at_work["kept by the allocator"] = memory.allocator(small, setting.sizes, weight, len(shapes.blocks.modules))
     ram = memory.host(at_work, embeddings, one if home == "ram" else 0)
     written = memory.work_folder(
         setting.result.packed, setting.result.adapter, one if sets else 0, sets if home == "disk" else 0
