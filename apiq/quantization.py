@@ -47,7 +47,8 @@ def quantize(
 
     Returns:
         `effective_bits` in all and `bits` by part, `blocks` with the mean squared error of each block's
-        output before and after (`loss_first`, `loss_last`), `seconds`, `cpu_seconds`, `peak_memory_mb`.
+        output before and after (`loss_first`, `loss_last`), `unreached` linears where there are any, `seconds`,
+        `cpu_seconds`, `peak_memory_mb`.
 
     Raises:
         ApiqError: the model, the windows and the parameters do not fit together, a weight or a loss is
@@ -183,11 +184,13 @@ def _write_adapters(
 def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[str, Any]:
     bits = effective_bits(folder).as_dict()
     blocks = [{key: record[key] for key in ("name", "loss_first", "loss_last")} for record in store.records]
+    unreached = [name for record in store.records for name in record["unreached"]]
     return {
         "method": params.method,
         "effective_bits": bits["total"],
         "bits": bits,
         "blocks": blocks,
+        **({"unreached": unreached} if unreached else {}),
     }
 
 

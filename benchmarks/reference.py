@@ -47,7 +47,7 @@ class ReferenceLinear(nn.Module):
         s = s + (s.half().float() - s).detach()
         z = (-low / s).round().clamp(0, top).detach()
         Q = W / s
-        Q = Q.round().detach() + Q - Q.detach()
+        Q = Q.round().detach() + (Q - Q.detach())
         Q = s * (torch.clamp(Q + z, 0, top) - z)
         return Q.reshape(len(W), -1)[:, : self.in_features]
 

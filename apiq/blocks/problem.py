@@ -66,13 +66,13 @@ class Problem:
         assert self.Xq is not None
         return (batch.stop - batch.start if isinstance(batch, slice) else len(batch)) * self.Xq.rows.shape[1]
 
-    def loss_scale(self, entries: int) -> float:
-        """What to multiply the mean over `entries` by before the backward pass: their number in float16, else 1."""
+    def loss_scale(self, entries: int) -> float | None:
+        """What to multiply the mean over `entries` by before the backward pass: their number in float16, else None."""
         assert self.Xq is not None
         kind = self.Xq.device.type
         with self.autocast():
             low = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-        return float(entries) if low else 1.0
+        return float(entries) if low else None
 
     @torch.no_grad()
     def error(self, batch_size: int = 1) -> float:
@@ -101,6 +101,8 @@ class Solution:
     curves: list[Curve] = field(default_factory=list)
     start: float | None = None
     """Mean squared error of the block before anything was fitted; None where nothing is."""
+    unreached: list[str] = field(default_factory=list)
+    """Linears that no calibration token reached, as in a mixture of experts; fitted to their weights alone."""
 
 
 class Method(Protocol):

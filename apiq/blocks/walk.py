@@ -134,11 +134,13 @@ class Walk:
             "shapes": shapes(block, name),
             "loss_first": last if solution.start is None else solution.start,
             "loss_last": last,
+            "unreached": [f"{name}.{each}" for each in solution.unreached],
             "curves": [{"name": curve.name, "losses": curve.losses} for curve in solution.curves],
         }
         self.store.finish(record, self.cpu_clock())
         count = len(self.stream.blocks.modules)
-        self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}", last))
+        told = f", {len(solution.unreached)} linears without a token" if solution.unreached else ""
+        self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}{told}", last))
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.compute == torch.float32:

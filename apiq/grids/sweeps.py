@@ -15,18 +15,18 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 2**16
 """Elements of a piece on one CPU core: 256 kB in float32, which an L2 cache holds."""
-PIECE_GPU = 2**26
-"""Elements of a piece on a GPU where nothing is compiled: 256 MB in float32."""
+PIECE_GPU = 2**24
+"""Elements of a piece elsewhere, where nothing is compiled: 64 MB in float32."""
 
 
 def dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, width: int, dtype: torch.dtype) -> Tensor:
     """Q = s (clamp(round(W / s) + z, 0, top) - z), (out, in), computed in float32, in `dtype`; no gradients."""
     Q = torch.empty_like(W, dtype=dtype)
-    compiled, in_place = _compiles(W.device), dtype == torch.float32
+    compiled, in_place = _compiles(W), dtype == torch.float32
     for target, weight, scale, zero in pieces(width, (Q, W), (s, z)):
         if compiled:
             target.copy_(_compiled(_dequantized)(weight, scale, zero, top))
@@ -40,7 +40,7 @@ def dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, width: int, dtype: to
 def scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, width: int) -> Tensor:
     """The gradient of s, (out, G) float32, from that of Q, (out, in): the sum over each group of grad dQ/ds."""
     result = torch.empty_like(s)
-    compute = _compiled(_scale_gradient) if _compiles(W.device) else _scale_gradient
+    compute = _compiled(_scale_gradient) if _compiles(W) else _scale_gradient
     for upstream, weight, target, scale, zero in pieces(width, (grad, W), (result, s, z)):
         target.copy_(compute(upstream, weight, scale, zero, top))
     return result
@@ -59,7 +59,7 @@ def pieces(width: int, weights: Sequence[Tensor], per_group: Sequence[Tensor]) -
         first, last = start // width, -(-stop // width)
         shape = (out, last - first, -1)
         views = [V[:, start:stop].view(shape) for V in weights] + [v[:, first:last, None] for v in per_group]
-        step = max(_elements(weights[0].device) // (stop - start), 1)
+        step = max(_elements(weights[0]) // (stop - start), 1)
         yield from zip(*(view.split(step) for view in views), strict=True)
 
 
@@ -75,22 +75,26 @@ def _scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int) -> 
     return codes.sub_(z).sub_(ratio.mul_(inside)).mul_(grad).sum(-1, keepdim=True)
 
 
-def _elements(device: torch.device) -> int:
-    if device.type == "cpu":
+def _elements(W: Tensor) -> int:
+    if W.device.type == "cpu" and _is_real(W):
         return PIECE * torch.get_num_threads()
-    return 2**62 if _compiles(device) else PIECE_GPU
+    return 2**62 if _compiles(W) else PIECE_GPU
+
+
+def _compiles(W: Tensor) -> bool:
+    """Whether compiling pays: on a GPU that Triton knows. On a CPU it takes longer than it saves."""
+    return W.device.type == "cuda" and _is_real(W) and _has_triton(W.device)
+
+
+def _is_real(W: Tensor) -> bool:
+    return type(W) in (Tensor, nn.Parameter)  # and not a subclass with which memory is counted, without data
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True)
-
-
-@functools.cache
-def _compiles(device: torch.device) -> bool:
-    """Whether compiling pays: Triton is there and knows the GPU. On a CPU it takes longer than it saves."""
-    return (
-        device.type == "cuda"
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(device) >= (7, 0)
-    )

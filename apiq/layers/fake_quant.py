@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apiq.grids.affine import Grid, clipped, encode, extrema, fake_quantize
+from apiq.grids.search import closest_range
 from apiq.layers.packed import PackedLinear
 from apiq.layers.product import product
 
@@ -56,6 +57,13 @@ class FakeQuantLinear(nn.Linear):
         if self.joint is not None:
             return F.linear(input, self.joint, self.bias)
         return product(input, self.full_weight, *self.scale_and_zero(), self.grid, self.bias)
+
+    @torch.no_grad()
+    def fit_to_weight(self) -> None:
+        """Set gamma and beta to the range with the least squared error of the weight itself; no data are needed."""
+        factor = closest_range(self.full_weight, self.low, self.high, self.grid)
+        self.gamma.copy_(factor.logit())
+        self.beta.copy_(factor.logit())
 
     @torch.no_grad()
     def packed(self) -> PackedLinear:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from apiq.grids import sweeps
 from apiq.grids.affine import Grid, clipped, clipped_gradient, grouped
 from apiq.layers.fake_quant import FakeQuantLinear
+from apiq.layers.product import autocast_is_on
 
 LIMIT = 2**22
 """Weights of a block that is small: its Q and their gradients, 16 MB each, are held at once."""
@@ -122,7 +123,7 @@ class _Member:
 
     @property
     def scaling(self) -> float:
-        """C = alpha / r; 1 without LoRA."""
+        """The factor c = alpha / r on B A; 1 without LoRA."""
         return 1.0 if self.folded is None else self.folded.layer.scaling[self.folded.layer.active_adapters[0]]
 
 
@@ -150,7 +151,7 @@ class _Set:
 
     def make(self) -> None:
         """Compute the weights of all members and hand them out, unless autocast is on."""
-        if torch.is_autocast_enabled(self.W.device.type):
+        if autocast_is_on(self.W.device.type):
             return
         gammas = [member.fake.gamma for member in self.members]
         betas = [member.fake.beta for member in self.members]

@@ -29,8 +29,13 @@ def product(X: Tensor, W: Tensor, s: Tensor, z: Tensor, grid: Grid, bias: Tensor
     Differentiable once in X, s and the bias, straight-through in s; W and z carry no gradient.
     """
     kind = X.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else X.dtype
+    dtype = torch.get_autocast_dtype(kind) if autocast_is_on(kind) else X.dtype
     return _Product.apply(X.to(dtype), s, bias, W, z, grid)
+
+
+def autocast_is_on(kind: str) -> bool:
+    """Whether autocast is on for devices of this kind; some, such as meta, do not have it."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def dequantized(W: Tensor, s: Tensor, z: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,8 @@ from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.joint import jointly
 from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import Fit, Turn, joined
+from apiq.methods.flat import names
+from apiq.methods.inputs import counting, never_reached
 from apiq.params import QuantizeParams
 
 
@@ -37,7 +39,8 @@ class ApiqBlockwise:
         if params.second_term and problem.index > 0:
             own = Xq.mapped(problem.run, params.batch_size)
         fit = Fit(problem, params)
-        first = problem.error(params.batch_size)
+        with counting(problem.block, fit.fakes) as tokens:
+            first = problem.error(params.batch_size)
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
@@ -47,14 +50,17 @@ class ApiqBlockwise:
             return error + problem.distance(output, own[batch], batch), error
 
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
-        objective = Objective(loss_of, len(Xq), f"block {problem.index}", problem.weight, problem.block, scale)
         curves: list[Curve] = []
         for turn in fit.turns():
 
             def report(epoch: int, loss: float, turn: Turn = turn) -> None:
                 problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
 
+            where = f"block {problem.index}"
+            objective = Objective(loss_of, len(Xq), where, problem.weight, names(problem.block), scale)
             with jointly(problem.block):
                 trace = descend(fit.groups(turn), objective, params, problem.seed, report)
             curves = joined(curves, trace.curves("block", first))
+            if turn.grid:
+                fit.without_tokens(never_reached(tokens, Xq.device))
         return fit.solution(curves, first)

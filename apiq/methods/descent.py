@@ -6,11 +6,11 @@ The defaults are Table A.1 of the paper: constant rates, fixed order, no warm-up
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apiq import parallel
 from apiq.blocks.activations import Batch
@@ -22,6 +22,8 @@ from apiq.params import QuantizeParams
 
 RETRIES = 5
 """Times that an epoch is tried again, each time at half the rate, before giving up."""
+RESCALES = 3
+"""Times that in float16 it is tried with the loss scaled by 1/64 before that."""
 
 
 @dataclass
@@ -35,9 +37,9 @@ class Objective:
     """Its name in messages, as in `block 3`."""
     weight_of: Callable[[Batch], float] = lambda batch: _length(batch)
     """How much counts in some windows: the share of a part of a batch in its loss."""
-    module: nn.Module | None = None
-    """Where the parameters are, for their names."""
-    scale: float = 1.0
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Names of the parameters by their id, for messages."""
+    scale: float | None = None
     """Factor on the loss in the backward pass, which keeps the gradients of float16 from vanishing."""
 
 
@@ -72,6 +74,9 @@ def descend(
     Raises:
         ApiqError: the loss was not finite even at 1/2^RETRIES of the rate, or one window does not fit into memory.
     """
+    groups = [group for group in groups if group.parameters]
+    if not groups:
+        return Trace()
     optimizer = Optimizer(groups)
     try:
         return _Descent(optimizer, objective, params, seed).run(report)
@@ -86,7 +91,8 @@ class _Descent:
         self.trained = objective.windows - aside
         self.part = params.batch_size  # windows in memory at a time
         self.factor = 1.0
-        self.shares = self._shares()
+        self.scale = objective.scale or 1.0
+        self.rescales = 0 if objective.scale is None else RESCALES
         self.generator = torch.Generator().manual_seed(seed)
 
     def run(self, report: Callable[[int, float], None]) -> Trace:
@@ -113,14 +119,19 @@ class _Descent:
     def _guarded(self, epoch: int) -> float:
         """Run one epoch, again at a lower rate while a number is not finite; the mean loss."""
         batches = list(self._batches())
+        shares = self._shares(batches)
         saved = self.optimizer.saved()
         while True:
-            losses = parallel.add(torch.stack([self._step(epoch, number, batches) for number in range(len(batches))]))
+            losses = [self._step(epoch, number, batches, shares) for number in range(len(batches))]
+            losses = parallel.add(torch.stack(losses))
             sound = losses.isfinite()
             if bool(sound.all() & self.optimizer.finite()):
                 return float(losses.mean())
             bad = len(batches) - 1 if bool(sound.all()) else int((~sound).int().argmax())
-            culprit = self._culprit(epoch, bad, batches, saved)
+            culprit = self._culprit(epoch, bad, batches, shares, saved)
+            if self.rescales:
+                self.scale, self.rescales = self.scale / 64, self.rescales - 1
+                continue
             self.factor /= 2
             if self.factor < 2.0**-RETRIES:
                 raise ApiqError(
@@ -128,38 +139,37 @@ class _Descent:
                     f"even at 1/{2**RETRIES} of the learning rates: lower quantize.lr_theta and quantize.lr_adapter, "
                     "or set quantize.dtype to float32."
                 )
-            self.objective.scale = max(self.objective.scale / 16, 1.0)
 
-    def _culprit(self, epoch: int, bad: int, batches: list[Batch], saved: tuple[list[Tensor], dict]) -> str:
+    def _culprit(
+        self, epoch: int, bad: int, batches: list[Batch], shares: list[float], saved: tuple[list[Tensor], dict]
+    ) -> str:
         """Take the epoch back to its start; say which parameter is the first to be unsound in the step `bad`."""
         self.optimizer.restore(saved)
         for number in range(bad):
-            self._step(epoch, number, batches)
-        self._backward(batches[bad], self.shares[bad])
+            self._step(epoch, number, batches, shares)
+        self._backward(batches[bad], shares[bad])
         unsound = [parameter for group in self.optimizer.groups for parameter in group.unsound()]
         self.optimizer.restore(saved)
-        names = {id(p): name for name, p in self.objective.module.named_parameters()} if self.objective.module else {}
-        known = [names[id(parameter)] for parameter in unsound if id(parameter) in names]
+        known = [self.objective.names[id(each)] for each in unsound if id(each) in self.objective.names]
         return f", parameter {known[0]}" if known else ""
 
-    def _step(self, epoch: int, number: int, batches: list[Batch]) -> Tensor:
+    def _step(self, epoch: int, number: int, batches: list[Batch], shares: list[float]) -> Tensor:
         """One step of the optimizer; the loss to be shown, on the device."""
-        shown = self._backward(batches[number], self.shares[number])
+        shown = self._backward(batches[number], shares[number])
         for group in self.optimizer.groups:
             parallel.add(group.grad)
         share = self.factor
         if self.params.schedule == "cosine":
             done = (epoch * len(batches) + number) / (self.params.epochs * len(batches))
             share *= (1 + math.cos(math.pi * done)) / 2
-        self.optimizer.step(share, 1 / self.objective.scale)
+        self.optimizer.step(share, 1 / self.scale)
         return shown
 
-    def _shares(self) -> list[float]:
+    def _shares(self, batches: list[Batch]) -> list[float]:
         """The share of the windows of this process in the loss of each batch, which several processes may divide."""
-        weights = [self.objective.weight_of(batch) for batch in self._batches()] if parallel.size() > 1 else []
-        if not weights:
-            return [1.0] * math.ceil(self.trained / self.params.batch_size)
-        own = torch.tensor(weights, dtype=torch.float64)
+        if parallel.size() == 1:
+            return [1.0] * len(batches)
+        own = torch.tensor([self.objective.weight_of(batch) for batch in batches], dtype=torch.float64)
         total = parallel.add(own.clone().to(self.optimizer.groups[0].grad.device)).cpu()
         return (own / total.clamp(min=1)).tolist()
 
@@ -183,20 +193,21 @@ class _Descent:
 
     def _differentiated(self, batch: Batch, share: float) -> Tensor:
         loss, shown = self.objective.loss_of(batch)
-        factor = share * self.objective.scale
+        factor = share * self.scale
         (loss if factor == 1.0 else loss * factor).backward()
         return shown.detach() if share == 1.0 else shown.detach() * share
 
     @torch.no_grad()
     def _held_out(self) -> float:
         """The mean loss on the windows set aside."""
-        total = weight = 0.0
+        total = torch.zeros(2, dtype=torch.float64, device=self.optimizer.groups[0].grad.device)
         size = self.params.batch_size
         for start in range(self.trained, self.objective.windows, size):
             batch = slice(start, min(start + size, self.objective.windows))
-            share = self.objective.weight_of(batch)
-            total, weight = total + self.objective.loss_of(batch)[0] * share, weight + share
-        mean = float(total) / max(weight, 1.0)
+            weight = self.objective.weight_of(batch)
+            total += torch.stack([self.objective.loss_of(batch)[0] * weight, total.new_tensor(weight)])
+        loss, weight = parallel.add(total).tolist()
+        mean = loss / max(weight, 1.0)
         return mean if math.isfinite(mean) else math.inf
 
     def _batches(self) -> Iterator[Batch]:

@@ -59,6 +59,7 @@ class Fit:
         self.tuner: Tuner | None = None
         self.adapters: Adapters | None = None
         self.fakes: dict[str, FakeQuantLinear] = {}
+        self.unreached: list[str] = []
         problem.block.requires_grad_(False)
         originals = problem.linears()
         self.shapes = shapes(originals)
@@ -108,7 +109,14 @@ class Fit:
     def solution(self, curves: list[Curve], start: float) -> Solution:
         """The packed linears and adapters as they were trained."""
         adapters = {} if self.adapters is None else self.adapters.state()
-        return Solution({name: fake.packed() for name, fake in self.fakes.items()}, adapters, curves, start)
+        packed = {name: fake.packed() for name, fake in self.fakes.items()}
+        return Solution(packed, adapters, curves, start, self.unreached)
+
+    def without_tokens(self, unreached: list[str]) -> None:
+        """Fit the ranges of the linears `unreached` by any calibration token to their weights alone."""
+        self.unreached = unreached
+        for name in unreached:
+            self.fakes[name].fit_to_weight()
 
     def _move_weight(self, originals: dict[str, nn.Linear]) -> None:
         """Put adapters on copies of the linears, which they take a part of the weight from."""

@@ -18,6 +18,11 @@ class Group:
     decay: float
 
 
+def names(module: nn.Module) -> dict[int, str]:
+    """The names of the parameters of a module by their id."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
 class Flat:
     """The parameters of a group and their gradients, float32, as views of one vector each until `release`."""
 
@@ -51,7 +56,7 @@ class Optimizer:
     """AdamW (betas 0.9 and 0.999, eps 1e-8, decoupled decay) on flat groups, which can go back to a saved state."""
 
     def __init__(self, groups: Iterable[Group]):
-        self.groups = [Flat(group) for group in groups if group.parameters]
+        self.groups = [Flat(group) for group in groups]
         settings = [{"params": [group.values], "lr": group.lr, "weight_decay": group.decay} for group in self.groups]
         self._adamw = torch.optim.AdamW(settings, betas=(0.9, 0.999), eps=1e-8, fused=True)
 

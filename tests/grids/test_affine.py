@@ -5,7 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apiq.grids.affine import Grid, decode, encode, extrema, fake_quantize, grouped, scale_and_zero, ungrouped
+from apiq.grids.affine import (
+    Grid,
+    clipped,
+    clipped_gradient,
+    decode,
+    encode,
+    extrema,
+    fake_quantize,
+    grouped,
+    scale_and_zero,
+    ungrouped,
+)  # fmt: skip
 
 grids = st.builds(
     Grid, bits=st.integers(2, 8), group_size=st.sampled_from([0, 1, 7, 32, 43, 64, 500]), symmetric=st.booleans()
@@ -99,6 +110,25 @@ def test_gradients_equal_those_of_the_straight_through_graph(symmetric):
     ungrouped(Q, 40).backward(upstream)
     torch.testing.assert_close(mine[1], s.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(mine[0], W.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 1e-9, 1e7])
+def test_gradients_of_the_clipping_factors_equal_those_of_autograd(symmetric, factor):
+    """Also where s is too small or too large to be stored, and where both ends of a symmetric range are alike."""
+    grid = Grid(3, 10, symmetric)
+    low, high = extrema(weight(5, shift=0.02) * factor, grid)
+    high[0, 0] = -low[0, 0]
+    gamma, beta = (weight(seed)[:, :10].mul(20).requires_grad_() for seed in (6, 7))
+    with torch.no_grad():
+        beta[0, 0] = gamma[0, 0]
+    upstream = weight(8)[:, :10]
+    s, z = scale_and_zero(torch.sigmoid(beta) * low, torch.sigmoid(gamma) * high, grid)
+    s.backward(upstream)
+    mine = clipped_gradient(upstream, gamma.detach(), beta.detach(), low, high, grid)
+    torch.testing.assert_close(mine[0], gamma.grad, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(mine[1], beta.grad, rtol=1e-5, atol=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(clipped(gamma, beta, low, high, grid), (s, z), strict=True))
 
 
 def test_more_bits_and_smaller_groups_lose_less():

@@ -1,0 +1,150 @@
+"""What each linear of a block is fed, and in which order; in a mixture of experts some get few tokens, or none."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from apiq import parallel
+from apiq.blocks.activations import Activations, Batch, at_once, batches
+from apiq.blocks.problem import Problem
+from apiq.errors import ApiqError
+from apiq.memory import in_parts
+
+
+class Scattered:
+    """What an expert is fed, (tokens, width), handed out like windows of `length` tokens; the last may be shorter."""
+
+    def __init__(self, rows: Tensor, length: int, device: torch.device):
+        self._parts = rows.split(length)
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, batch: Batch) -> Tensor:
+        return torch.cat(self._chosen(batch)).to(self._device)
+
+    def weight(self, batch: Batch) -> float:
+        """How many tokens the windows of `batch` hold."""
+        return float(sum(len(part) for part in self._chosen(batch)))
+
+    def _chosen(self, batch: Batch) -> list[Tensor]:
+        if isinstance(batch, slice):
+            return list(self._parts[batch])
+        return [self._parts[number] for number in batch.tolist()]
+
+
+Fed = Activations | Scattered
+"""The input of a linear over all windows, (windows, length, width), or the tokens that an expert is fed."""
+
+
+@contextlib.contextmanager
+def counting(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, int]]:
+    """The tokens that go into the submodules `names` of `block` within it; 0 for one that is never called."""
+    counts = dict.fromkeys(names, 0)
+
+    def count(name: str, fed: Tensor) -> None:
+        counts[name] += _tokens(fed)
+
+    with _watching({name: block.get_submodule(name) for name in counts}, count):
+        yield counts
+
+
+def never_reached(counts: Mapping[str, int], device: torch.device) -> list[str]:
+    """The names with a count of 0 in every process."""
+    total = parallel.add(torch.tensor(list(counts.values()), device=device))
+    return [name for name, tokens in zip(counts, total.tolist(), strict=True) if not tokens]
+
+
+@torch.no_grad()
+def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of the linears in the order in which the block calls them; those fed the same tensor stand together.
+
+    As many windows are run as it takes until each was called; a linear that never is comes last.
+    """
+    assert problem.X is not None
+    order: list[list[str]] = []
+    fed: list[Tensor] = []
+    met: set[str] = set()
+
+    def record(name: str, tensor: Tensor) -> None:
+        if name in met:
+            return
+        met.add(name)
+        for names, earlier in zip(order, fed, strict=True):
+            if earlier is tensor:
+                names.append(name)
+                return
+        order.append([name])
+        fed.append(tensor)
+
+    with _watching(originals, record):
+        for window in batches(len(problem.X), 1):
+            problem.run(problem.X[window], window)
+            if len(met) == len(originals):
+                break
+    return order + [[name] for name in originals if name not in met]
+
+
+@torch.no_grad()
+def inputs(problem: Problem, hidden: Activations | None, linear: nn.Module) -> Fed | None:
+    """What `linear` is fed when the block runs on `hidden`; None where it is fed nothing.
+
+    Where every token is fed to it, the windows are kept as they are.
+
+    Raises:
+        ApiqError: some tokens are not, and several processes divide the windows.
+    """
+    assert hidden is not None
+    count, length = hidden.rows.shape[:2]
+    caught: list[Tensor] = []
+    parts: list[Tensor] = []
+    whole: list[Activations] = []
+
+    def keep(batch: slice) -> None:
+        caught.clear()
+        problem.run(hidden[batch], batch)
+        windows = hidden.rows[batch].shape[0]
+        if not parts and sum(_tokens(fed) for fed in caught) == windows * length:
+            fed = torch.cat(caught)
+            if not whole:
+                whole.append(Activations.empty((count, length, fed.shape[-1]), hidden.rows.dtype, hidden.home))
+            whole[0][batch] = fed.view(windows, length, fed.shape[-1])
+            return
+        if whole:
+            parts.append(whole.pop().rows[: batch.start].flatten(0, 1))
+        parts.extend(fed.to(hidden.rows.device, hidden.rows.dtype) for fed in caught)
+
+    with _watching({"": linear}, lambda _, fed: caught.append(fed)):
+        in_parts(count, at_once(hidden), keep, "a forward pass of a block")
+    if whole:
+        return whole[0]
+    if parallel.size() > 1:
+        raise ApiqError(
+            "quantize.method is apiq-lw, which fits a mixture of experts in one process only; start it without "
+            "torchrun, or take apiq-bw."
+        )
+    return Scattered(torch.cat(parts), length, hidden.device) if parts else None
+
+
+@contextlib.contextmanager
+def _watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see` with the name and the input of each module before it is called."""
+
+    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: see(name, args[0])
+
+    hooks = [module.register_forward_pre_hook(watcher(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tokens(fed: Tensor) -> int:
+    return fed.numel() // fed.shape[-1]

@@ -1,0 +1,86 @@
+"""The pieces of the fake quantizer against the whole, and what is compiled against what is not."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apiq.grids import sweeps
+from apiq.grids.affine import Grid, decode, encode, extrema, grouped, scale_and_zero
+from apiq.grids.search import FACTORS, closest_range
+
+SHAPES = [(5, 100), (64, 64), (3, 7), (1, 130)]
+
+
+def case(shape, grid, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(shape, generator=generator)
+    low, high = extrema(W, grid)
+    s, z = scale_and_zero(0.7 * low, 0.8 * high, grid)
+    return W, s, z, torch.randn(shape, generator=generator)
+
+
+@given(
+    shape=st.sampled_from(SHAPES),
+    width=st.sampled_from([0, 1, 7, 32, 43, 500]),
+    symmetric=st.booleans(),
+    piece=st.sampled_from([1, 60, 257, 2**16]),
+)
+def test_pieces_of_any_size_give_what_the_equations_give(shape, width, symmetric, piece):
+    grid = Grid(3, width, symmetric)
+    W, s, z, grad = case(shape, grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "PIECE", piece)
+        Q = sweeps.dequantized(W, s, z, grid.top, grid.width(shape[1]), torch.float32)
+        mine = sweeps.scale_gradient(grad, W, s, z, grid.top, grid.width(shape[1]))
+    assert torch.equal(Q, decode(encode(W, s, z, grid), s, z, grid))
+    ratio = grouped(W, grid).double() / s.unsqueeze(-1)
+    free = ratio.round() + z.unsqueeze(-1)
+    slope = torch.where((free >= 0) & (free <= grid.top), free - z.unsqueeze(-1) - ratio, 0.0)
+    slope = slope.where((free >= 0) & (free <= grid.top), free.clamp(0, grid.top) - z.unsqueeze(-1))
+    upstream = torch.zeros_like(slope).flatten(1)
+    upstream[:, : shape[1]] = grad
+    torch.testing.assert_close(mine, (slope * upstream.view_as(slope)).sum(-1).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_weight_of_float32(dtype):
+    grid = Grid(2, 43, False)
+    W, s, z, _ = case((6, 100), grid)
+    exact = sweeps.dequantized(W, s, z, grid.top, 43, torch.float32)
+    assert torch.equal(sweeps.dequantized(W, s, z, grid.top, 43, dtype), exact.to(dtype))
+    coarse = W.to(dtype)
+    assert torch.equal(
+        sweeps.dequantized(coarse, s, z, grid.top, 43, torch.float32),
+        sweeps.dequantized(coarse.float(), s, z, grid.top, 43, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("name", ["_dequantized", "_scale_gradient"])
+def test_the_functions_that_are_compiled_for_a_gpu_are_one_graph_with_the_same_result(name):
+    function = getattr(sweeps, name)
+    W, s, z, grad = case((6, 96), Grid(2, 32, False))
+    parts = [V.view(6, 3, 32) for V in ((W,) if name == "_dequantized" else (grad, W))]
+    operands = (*parts, s[..., None], z[..., None], 3)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(*operands), function(*operands))
+
+
+@pytest.mark.parametrize(("bits", "width", "symmetric"), [(2, 16, False), (3, 43, False), (2, 0, True)])
+def test_the_closest_range_is_the_best_of_all_that_are_tried_group_by_group(bits, width, symmetric):
+    grid = Grid(bits, width, symmetric)
+    W = torch.randn(4, 100, generator=torch.Generator().manual_seed(3))
+    low, high = extrema(W, grid)
+    best = closest_range(W, low, high, grid)
+    step = grid.width(100)
+
+    def error(factor, row, group):
+        part = W[row : row + 1, group * step : (group + 1) * step].double()
+        one = Grid(bits, 0, symmetric)
+        s, z = scale_and_zero(factor * low[row, group].view(1, 1), factor * high[row, group].view(1, 1), one)
+        return float((decode(encode(part.float(), s, z, one), s, z, one) - part).square().sum())
+
+    for row in range(4):
+        for group in range(grid.groups(100)):
+            errors = [error(factor, row, group) for factor in torch.linspace(*FACTORS).tolist()]
+            assert error(float(best[row, group]), row, group) <= min(errors) * (1 + 1e-4) + 1e-9
