@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from apiq import cli_planning
 from apiq.cli_options import Json, Set, field, parameters, unescape
 from apiq.errors import ApiqError
 from apiq.params import CalibrationParams, FinetuneParams, Params, QuantizeParams
+from apiq.progress import silent
 
 app = typer.Typer(
     help="Quantize a language model to a few bits with adapters that undo the damage (ApiQ, arXiv 2402.05147), "
@@ -240,10 +242,17 @@ def _working(phase: str) -> Iterator[Any]:
     from apiq.terminal import progress_bar
 
     with contextlib.redirect_stdout(sys.stderr), progress_bar(phase) as progress:
-        yield progress
+        yield progress if _leads() else silent
+
+
+def _leads() -> bool:
+    """Whether this is the one of several processes that torchrun started which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show(result: Mapping[str, Any], as_json: bool) -> None:
+    if not _leads():
+        return
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return

@@ -6,6 +6,7 @@ and with one process, nothing in this file does anything.
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -24,6 +25,7 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device
 
 

@@ -41,7 +41,6 @@ class ApiqBlockwise:
         fit = Fit(problem, params)
         with counting(problem.block, fit.fakes) as tokens:
             first = problem.error(params.batch_size)
-        fit.leave(never_reached(tokens, Xq.device))
 
         def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
@@ -57,10 +56,11 @@ class ApiqBlockwise:
             def report(epoch: int, loss: float, turn: Turn = turn) -> None:
                 problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
 
-            objective = Objective(
-                loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale
-            )
+            where = f"block {problem.index}"
+            objective = Objective(loss_of, len(Xq), where, problem.weight, names(problem.block), scale)
             with jointly(problem.block):
                 trace = descend(fit.groups(turn), objective, params, problem.seed, report)
             curves = joined(curves, trace.curves("block", first))
+            if turn.grid:
+                fit.without_tokens(never_reached(tokens, Xq.device))
         return fit.solution(curves, first)

@@ -43,6 +43,7 @@ class ApiqLayerwise:
         curves: list[Curve] = []
         for turn in fit.turns():
             adapted = {name: problem.block.get_submodule(name) for name in originals}
+            unreached: list[str] = []
             number = 0
             for names in order:
                 Xq = inputs(problem, problem.Xq, adapted[names[0]])
@@ -55,9 +56,11 @@ class ApiqLayerwise:
                     linear = _Linear(name, number, len(originals), originals[name], adapted[name])
                     number += 1
                     if X is None or Xq is None:
-                        fit.leave([name])
+                        unreached.append(name)
                     else:
                         curves = joined(curves, self._fit(problem, fit, turn, linear, X, Xq))
+            if turn.grid:
+                fit.without_tokens(unreached)
         return fit.solution(curves, start)
 
     def _fit(self, problem: Problem, fit: Fit, turn: Turn, linear: _Linear, X: Fed, Xq: Fed) -> list[Curve]:

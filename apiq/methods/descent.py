@@ -74,6 +74,9 @@ def descend(
     Raises:
         ApiqError: the loss was not finite even at 1/2^RETRIES of the rate, or one window does not fit into memory.
     """
+    groups = [group for group in groups if group.parameters]
+    if not groups:
+        return Trace()
     optimizer = Optimizer(groups)
     try:
         return _Descent(optimizer, objective, params, seed).run(report)

@@ -77,13 +77,6 @@ class Fit:
             fake.gamma.requires_grad_(True)
             fake.beta.requires_grad_(True)
 
-    def leave(self, names: list[str]) -> None:
-        """Fit the ranges of linears that no calibration token reaches to their weights, and leave it at that."""
-        for name in names:
-            if name not in self.unreached:
-                self.fakes[name].fit_to_weight()
-                self.unreached.append(name)
-
     def turns(self) -> Iterator[Turn]:
         """What is to be trained, in order; between two turns the block changes.
 
@@ -107,7 +100,7 @@ class Fit:
         """
         params, groups = self.params, []
         if turn.grid:
-            fakes = [fake for key, fake in self.fakes.items() if key not in self.unreached and name in ("", key)]
+            fakes = [self.fakes[name]] if name else list(self.fakes.values())
             theta = [parameter for fake in fakes for parameter in (fake.gamma, fake.beta)]
             groups.append(Group(theta, params.lr_theta, params.decay_theta))
         if turn.adapters and self.adapters is not None:
@@ -121,6 +114,12 @@ class Fit:
         adapters = {} if self.adapters is None else self.adapters.state()
         packed = {name: fake.packed() for name, fake in self.fakes.items()}
         return Solution(packed, adapters, curves, start, self.unreached)
+
+    def without_tokens(self, unreached: list[str]) -> None:
+        """Fit the ranges of the linears `unreached` by any calibration token to their weights alone."""
+        self.unreached = unreached
+        for name in unreached:
+            self.fakes[name].fit_to_weight()
 
     def _move_weight(self, originals: dict[str, nn.Linear]) -> None:
         """Put adapters on copies of the linears, which they take a part of the weight from."""

@@ -56,7 +56,7 @@ class Optimizer:
     """AdamW (betas 0.9 and 0.999, eps 1e-8, decoupled decay) on flat groups, which can go back to a saved state."""
 
     def __init__(self, groups: Iterable[Group]):
-        self.groups = [Flat(group) for group in groups if group.parameters]
+        self.groups = [Flat(group) for group in groups]
         settings = [{"params": [group.values], "lr": group.lr, "weight_decay": group.decay} for group in self.groups]
         self._adamw = torch.optim.AdamW(settings, betas=(0.9, 0.999), eps=1e-8, fused=True)
 

@@ -25,9 +25,9 @@ class Costs:
     narrower: int
     """How many times the trial was narrower than the model."""
 
-    def block(self, batches: int, epochs: int) -> float:
-        """Seconds to quantize one block."""
-        return self.constant + batches * (self.batch + epochs * self.step)
+    def block(self, passed: int, stepped: int, epochs: int) -> float:
+        """Seconds to quantize one block with so many batches that pass through it, and so many steps an epoch."""
+        return self.constant + passed * self.batch + stepped * epochs * self.step
 
 
 def fit(few: float, many: float, fitted: float, batches: tuple[int, int], epochs: int) -> tuple[float, float, float]:

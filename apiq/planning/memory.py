@@ -18,9 +18,10 @@ PACKING = 25
 """Bytes a weight of one linear while its codes are packed (`apiq.grids.packing`): three int64 and a uint8."""
 DEQUANTIZED = 9
 """Bytes a weight of one linear while `apiq.layers.packed` dequantizes it: shifted words, codes, the product."""
-KEPT, SMALL = 6, 2**25
-"""What glibc does not give back, as measured: freed tensors of less than 2^25 bytes lie scattered in its heap, and what
-is kept grows to about this many times the weights of a block in such tensors."""
+SMALL = 2**25
+"""Tensors of so many bytes and more are given back by glibc when they are freed, smaller ones scatter in its heap."""
+KEPT = 6
+"""Times the small weights of a block that are found in that heap after many blocks, as measured."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,18 @@ def solver(block: BlockSizes, work: Pass, passing: int, weight_bytes: int, fitte
     }
 
 
-def allocator(block: BlockSizes, weight_bytes: int, blocks: int) -> int:
-    """Bytes of freed memory that the C library keeps on a CPU while block after block comes and goes."""
-    return min(blocks - 1, KEPT) * block.small * weight_bytes
+def allocator(small: int, block: BlockSizes, weight_bytes: int, blocks: int) -> int:
+    """Bytes of freed memory that the C library keeps on a CPU while block after block comes and goes.
+
+    Not derived but measured: as much again as is alive in small tensors, or the weights of a few blocks.
+
+    Args:
+        small: bytes alive in tensors of less than SMALL bytes.
+        block: sizes of the largest block.
+        weight_bytes: bytes of a weight while it is computed with.
+        blocks: number of blocks.
+    """
+    return max(small, min(blocks, KEPT) * block.small * weight_bytes) if blocks > 1 else 0
 
 
 def host(work: dict[str, int], embeddings: int, one_set: int) -> dict[str, int]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
-from apiq.methods import METHODS
+from apiq.methods import build
 from apiq.params import Params
 from apiq.planning import memory
 from apiq.planning.machine import Machine
@@ -52,7 +53,7 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     one = memory.activations(params.calibration.windows, params.calibration.length, shapes.width, item)
     copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
     sets = int(one * copies)
-    solver = memory.solver(setting.sizes, setting.fitting, setting.passing, weight, METHODS[method].calibrated)
+    solver = memory.solver(setting.sizes, setting.fitting, setting.passing, weight, build(params.quantize).calibrated)
     home = memory.home(params.quantize.activations, COPIES * one if sets else 0, machine.gpu, machine.ram)
     embeddings = weight * sum(value.numel() for value in shapes.outside().values())
     gpu, at_work = (None, dict(solver)) if machine.gpu is None else (dict(solver), {})
@@ -61,7 +62,14 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     elif home == "ram":
         at_work["activations"] = sets
     if gpu is None and platform.libc_ver()[0] == "glibc":
-        at_work["kept by the allocator"] = memory.allocator(setting.sizes, weight, len(shapes.blocks.modules))
+        tokens = min(one // (item * shapes.width), max(params.calibration.length, TOKENS))
+        pieces = {
+            "block": weight * setting.sizes.largest,
+            "step": 4 * tokens * setting.sizes.widest,
+            "activations": one,
+        }
+        small = sum(size for part, size in at_work.items() if pieces.get(part, 0) < memory.SMALL)
+        at_work["kept by the allocator"] = memory.allocator(small, setting.sizes, weight, len(shapes.blocks.modules))
     ram = memory.host(at_work, embeddings, one if home == "ram" else 0)
     written = memory.work_folder(
         setting.result.packed, setting.result.adapter, one if sets else 0, sets if home == "disk" else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 import torch
 
+from apiq.adapters.configuration import resolved
+from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import TOKENS
+from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
-from apiq.methods import METHODS
+from apiq.methods import build
 from apiq.params import Params
 from apiq.planning import shortfalls
 from apiq.planning.machine import look
@@ -56,7 +60,7 @@ def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True)
 
 def _setting(params: Params, out: Path) -> Setting:
     shapes = outline(params.model)
-    _check(params, shapes)
+    params = _fitting(params, shapes)
     quantize, tune = params.quantize, params.finetune
     device, tuning_device = pick_device(quantize.device), pick_device(tune.device)
     compute, tuning_dtype = pick_dtype(quantize.dtype, device), pick_dtype(tune.dtype, tuning_device)
@@ -68,7 +72,7 @@ def _setting(params: Params, out: Path) -> Setting:
     many = (min(max(TOKENS // shape[1], shape[0]), params.calibration.windows), *shape[1:])
     through = passing(block, call, quantize, many, compute, shapes.storage, device)
     training = None
-    if METHODS[quantize.method].adapted:
+    if build(quantize).adapted:
         batch = (tune.batch_size, tune.length, shapes.width)
         training = training_pass(packed, _call(shapes, tune.length), batch, tuning_dtype, tuning_device)
     weight = weight_bytes(compute, shapes.storage)
@@ -80,21 +84,18 @@ def _setting(params: Params, out: Path) -> Setting:
     )  # fmt: skip
 
 
-def _check(params: Params, shapes: Outline) -> None:
+def _fitting(params: Params, shapes: Outline) -> Params:
+    """The parameters with the linears spelled out that are to carry adapters, once they fit the model."""
     if shapes.context is not None:
         for name, length in {"calibration": params.calibration.length, "finetune": params.finetune.length}.items():
             if length > shapes.context:
                 raise ApiqError(
                     f"{name}.length is {length}; it should be at most {shapes.context}, the context of the model."
                 )
-    if METHODS[params.quantize.method].adapted:
-        for block, _ in shapes.kinds():
-            smallest = min(min(value.shape) for value in block.parameters() if value.dim() == 2)
-            if params.quantize.rank > smallest:
-                raise ApiqError(
-                    f"quantize.rank is {params.quantize.rank}; it should be at most {smallest}, the smallest side "
-                    "of a linear."
-                )
+    if not build(params.quantize).adapted:
+        return params
+    found = [linear_shapes(linears(block)) for block in shapes.blocks.modules]
+    return params.model_copy(update={"quantize": resolved(params.quantize, found)})
 
 
 def _call(shapes: Outline, length: int) -> BlockCall:
@@ -116,8 +117,10 @@ def _quantize_time(setting: Setting, timing: Timing | None) -> dict[str, Any]:
     if timing is None:
         return {}
     params = setting.params
-    batches = -(-params.calibration.windows // params.quantize.batch_size)
-    seconds = timing.costs.block(batches, params.quantize.epochs) * len(setting.outline.blocks.modules)
+    windows, size = params.calibration.windows, params.quantize.batch_size
+    aside = math.ceil(params.quantize.held_out * windows)
+    passed, stepped = math.ceil(windows / size), math.ceil((windows - aside) / size)
+    seconds = timing.costs.block(passed, stepped, params.quantize.epochs) * len(setting.outline.blocks.modules)
     return {
         "seconds": seconds * timing.slowdown,
         "cpu_seconds": seconds if setting.device.type == "cpu" else None,

@@ -24,7 +24,7 @@ from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.writing import stored
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
-from apiq.methods import METHODS
+from apiq.methods import build
 from apiq.params import QuantizeParams
 from apiq.planning.outline import Outline
 
@@ -94,7 +94,7 @@ def packed_block(block: nn.Module, params: QuantizeParams, storage: torch.dtype)
     tensors = {name: _stored(name, value, storage) for name, value in block.state_dict().items()}
     adapters: dict[str, Tensor] = {}
     shapes = linear_shapes(found)
-    if METHODS[params.method].adapted and params.adapter != "none":
+    if build(params).adapted:
         state = Adapters(block, params, shapes, seed=0).state()
         adapters = {name: stored(value, storage) for name, value in state.items()}
     return PackedBlock(block, shapes, tensors, adapters)

@@ -13,7 +13,6 @@ from torch import nn
 
 from apiq.grids.affine import Grid
 from apiq.layers.fake_quant import FakeQuantLinear
-from apiq.methods import METHODS
 from apiq.params import FinetuneParams, QuantizeParams
 from apiq.planning.forecast import Costs, fit, two_sizes
 from apiq.planning.machine import standing
@@ -107,7 +106,7 @@ class Calibration:
         few = trial.quantize(shape, shape[0], 0)[0].seconds
         many = trial.quantize(shape, batches * shape[0], 0)[0].seconds if batches > 1 else few
         fitted, block = trial.quantize(shape, batches * shape[0], epochs)
-        c, p, s = fit(few, many, fitted.seconds, (1, batches), epochs if METHODS[params.method].adapted else 0)
+        c, p, s = fit(few, many, fitted.seconds, (1, batches), epochs if params.method != "rtn" else 0)
         spread = _spread(fitted.epochs)
         weights = _weights(self.outline.blocks.modules[0]) / _weights(trial.meta)
         if factor > 1 or shape != self.shape:

@@ -18,7 +18,7 @@ from apiq.blocks.problem import Problem
 from apiq.blocks.unfuse import Experts
 from apiq.grids.affine import Grid
 from apiq.layers.joint import jointly
-from apiq.methods import METHODS
+from apiq.methods import build
 from apiq.methods.fitting import Fit
 from apiq.params import QuantizeParams
 from apiq.planning.memory import SMALL, BlockSizes
@@ -61,7 +61,7 @@ def passing(
 def _fitted(block: nn.Module, call: BlockCall, params: QuantizeParams) -> nn.Module:
     """A copy of a block with all that the method trains in it."""
     block = _evenly_routed(copy.deepcopy(block))
-    if METHODS[params.method].adapted:
+    if build(params).calibrated:
         problem = Problem(
             index=0, block=block, call=call, X=None, Xq=None, targets=None, counted=None, seed=0,
             autocast=contextlib.nullcontext, report=lambda share, loss, detail: None,

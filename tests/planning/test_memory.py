@@ -50,10 +50,11 @@ def test_the_worse_moment_counts():
     assert memory.host(work, embeddings=90, one_set=10) == {"embeddings": 90, "activations": 10}
 
 
-def test_the_allocator_keeps_small_tensors_of_a_few_blocks():
-    assert memory.allocator(BLOCK, 4, blocks=1) == 0
-    assert memory.allocator(BLOCK, 4, blocks=3) == 2 * 1600
-    assert memory.allocator(BLOCK, 4, blocks=80) == memory.KEPT * 1600
+def test_the_allocator_keeps_what_was_alive_or_the_small_weights_of_a_few_blocks():
+    assert memory.allocator(10**6, BLOCK, 4, blocks=1) == 0
+    assert memory.allocator(10**6, BLOCK, 4, blocks=3) == 10**6
+    assert memory.allocator(1, BLOCK, 4, blocks=3) == 3 * 1600
+    assert memory.allocator(1, BLOCK, 4, blocks=80) == memory.KEPT * 1600
 
 
 def training(checkpointing, blocks=4):

@@ -80,7 +80,7 @@ def test_checkpointing_needs_less(folder):
     [
         ({"calibration": {"length": 65}}, "calibration.length is 65; it should be at most 64"),
         ({"finetune": {"length": 80}}, "finetune.length is 80; it should be at most 64"),
-        ({"quantize": {"rank": 17}}, "quantize.rank is 17; it should be at most 16"),
+        ({"quantize": {"rank": 17}}, "quantize.rank is 17; it must be at most 16"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(folder, sections, sentence):

@@ -47,6 +47,10 @@ def test_the_bits_and_the_files_of_every_family(family, tmp_path):
         ({"method": "apiq-bw", "bits": 2, "rank": 4}, torch.float32),
         ({"method": "apiq-bw", "bits": 4, "symmetric": True, "rank": 3}, torch.bfloat16),
         ({"method": "apiq-lw", "bits": 3, "group_size": 0, "rank": 5}, torch.bfloat16),
+        ({"adapter": "dora", "rank": 4, "adapter_targets": ["attn"]}, torch.float32),
+        ({"adapter": "pissa", "rank": 4}, torch.float32),
+        ({"adapter": "vera", "rank": 8}, torch.bfloat16),
+        ({"adapter": "houlsby", "rank": 4}, torch.float32),
     ],
 )
 def test_the_bits_with_adapters_and_the_bytes_of_the_folder(values, dtype, tmp_path):

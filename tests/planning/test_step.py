@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
-from apiq.methods.fitting import wrap
+from apiq.methods.fitting import Fit
 from apiq.params import QuantizeParams
 from apiq.planning.outline import block_calls, probe
 from apiq.planning.step import count_head, count_pass
@@ -85,7 +85,7 @@ def test_what_is_kept_is_what_autograd_keeps_in_the_real_block():
         index=0, block=block, call=call, X=None, Xq=None, targets=None, counted=None, seed=0,
         autocast=contextlib.nullcontext, report=lambda *_: None,
     )  # fmt: skip
-    wrap(problem, params)
+    Fit(problem, params)
     assert work.kept == pytest.approx(real_saved(block, call, shape), rel=0.1)
 
 
