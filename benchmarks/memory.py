@@ -98,11 +98,12 @@ def peak(command: list[str], folder: Path) -> tuple[float, float]:
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), usage.ru_utime + usage.ru_stime
 
 
-def write_random_llama(folder: Path, blocks: int, hidden: int) -> Path:
+def write_random_llama(folder: Path, blocks: int, hidden: int, inner: int | None = None) -> Path:
     """A Llama with random weights in bfloat16, written shard by shard so that it is never in memory as a whole."""
+    heads = max(hidden // 128, 1)
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=blocks,
-        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, max_position_embeddings=2048,
+        vocab_size=32000, hidden_size=hidden, intermediate_size=inner or hidden * 7 // 2, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
         architectures=["LlamaForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
     )  # fmt: skip
     folder.mkdir(parents=True)
