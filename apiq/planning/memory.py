@@ -22,6 +22,8 @@ SMALL = 2**25
 """Tensors of so many bytes and more are given back by glibc when they are freed, smaller ones scatter in its heap."""
 KEPT = 6
 """Times the small weights of a block that are found in that heap after many blocks, as measured."""
+KEPT_TRAINING = 32
+"""The same in finetuning, where every linear is dequantized again and again, in pieces of another size each."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def solver(block: BlockSizes, work: Pass, passing: int, weight_bytes: int, fitte
     """
     packing = PACKING * block.largest
     if not fitted:
-        return {"block": block.weights * weight_bytes, "step": packing}
+        return {"block": block.weights * weight_bytes, "step": max(passing, packing)}
     trained = 2 * block.groups + block.adapter
     return {
         "block": block.weights * weight_bytes,
@@ -123,13 +125,12 @@ def copies_alive(method: str, second_term: bool, widening: float) -> float:
 
     X, Xq, the targets and, while a block is solved, the target of the second term or, after it, the next
     Xq. Layer by layer, the inputs of one linear in both models join X, Xq and the targets; a linear that reads
-    the inside of the block is `widening` times as wide.
+    the inside of the block is `widening` times as wide. Rounding needs none of them, but where there are
+    calibration windows, as in the pipeline, the error of each block is measured.
     """
-    if method == "rtn":
-        return 0
     if method == "apiq-lw":
         return 3 + 2 * widening
-    return 5 if second_term else 4
+    return 5 if second_term and method == "apiq-bw" else 4
 
 
 def work_folder(packed: int, adapters: int, one_set: int, mapped: int) -> int:

@@ -54,7 +54,7 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
     sets = int(one * copies)
     solver = memory.solver(setting.sizes, setting.fitting, setting.passing, weight, build(params.quantize).calibrated)
-    home = memory.home(params.quantize.activations, COPIES * one if sets else 0, machine.gpu, machine.ram)
+    home = memory.home(params.quantize.activations, COPIES * one, machine.gpu, machine.ram)
     embeddings = weight * sum(value.numel() for value in shapes.outside().values())
     gpu, at_work = (None, dict(solver)) if machine.gpu is None else (dict(solver), {})
     if home == "gpu" and gpu is not None:
@@ -62,7 +62,8 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     elif home == "ram":
         at_work["activations"] = sets
     if gpu is None and platform.libc_ver()[0] == "glibc":
-        tokens = min(one // (item * shapes.width), max(params.calibration.length, TOKENS))
+        length = params.calibration.length
+        tokens = min(params.calibration.windows * length, max(length, TOKENS))
         pieces = {
             "block": weight * setting.sizes.largest,
             "step": 4 * tokens * setting.sizes.widest,
@@ -71,9 +72,7 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
         small = sum(size for part, size in at_work.items() if pieces.get(part, 0) < memory.SMALL)
         at_work["kept by the allocator"] = memory.allocator(small, setting.sizes, weight, len(shapes.blocks.modules))
     ram = memory.host(at_work, embeddings, one if home == "ram" else 0)
-    written = memory.work_folder(
-        setting.result.packed, setting.result.adapter, one if sets else 0, sets if home == "disk" else 0
-    )
+    written = memory.work_folder(setting.result.packed, setting.result.adapter, one, sets if home == "disk" else 0)
     disk = {"result": setting.result.total, "unfinished work": written}
     return {"gpu": gpu, "ram": {**ram, "interpreter": machine.interpreter}, "disk": disk, "activations": home}
 
@@ -93,5 +92,7 @@ def tuning_needs(setting: Setting) -> dict[str, Any] | None:
     )  # fmt: skip
     loaded = {"interpreter": setting.machine.interpreter}
     if setting.machine.gpu is None or setting.tuning_device.type == "cpu":
+        if platform.libc_ver()[0] == "glibc":
+            loaded["kept by the allocator"] = memory.KEPT_TRAINING * setting.sizes.small * memory.FLOAT
         return {"gpu": None, "ram": {**parts, **loaded}}
     return {"gpu": parts, "ram": {"loading": parts["packed model"], **loaded}}

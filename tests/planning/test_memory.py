@@ -29,7 +29,7 @@ def test_packing_a_large_linear_outweighs_a_small_step():
 
 def test_activations_and_their_copies():
     assert memory.activations(windows=3, length=5, width=7, item_bytes=2) == 210
-    assert memory.copies_alive("rtn", True, 4) == 0
+    assert memory.copies_alive("rtn", True, 4) == 4
     assert memory.copies_alive("apiq-lw", True, 4) == 11
     assert memory.copies_alive("apiq-bw", True, 4) == memory.copies_alive("apiq-bw", False, 4) + 1
 
