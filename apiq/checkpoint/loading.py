@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -47,14 +46,17 @@ class Loaded:
     kind: str
     """full, quantized or finetuned."""
 
-    @functools.cached_property
+    own_tokenizer: Any = None
+    """None where the folder has none."""
+
+    @property
     def tokenizer(self) -> Any:
         """Its tokenizer.
 
         Raises:
-            ApiqError: the folder has none that can be read.
+            ApiqError: the folder has none.
         """
-        return read_tokenizer(self.folder)
+        return self.own_tokenizer or read_tokenizer(self.folder)
 
 
 def full_precision(source: str | Path, dtype: torch.dtype | None = None) -> FullPrecision:
@@ -118,7 +120,7 @@ def load(
     if adapters and adapter.is_dir():
         model = _adapted(model, adapter, trainable)
     model.train(trainable)
-    return Loaded(model, base, kind)
+    return Loaded(model, base, kind, read_tokenizer(base) if _has_tokenizer(base) else None)
 
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """The model that was calibrated, the packed one in memory and the reloaded one are one function."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -137,3 +138,11 @@ def test_rtn_needs_no_windows_and_carries_no_adapters(original, tmp_path, work):
     assert not (tmp_path / "rtn" / "adapter").exists()
     assert result["bits"]["adapters"] == 0
     assert len(result["blocks"]) == 2
+
+
+def test_a_loaded_model_needs_its_folder_no_more(make):
+    out, _ = make(method="rtn")
+    loaded = apiq.load(out)
+    shutil.rmtree(out)
+    assert loaded.tokenizer("w3 w5").input_ids
+    assert loaded.model(torch.tensor([[3, 5]])).logits.isfinite().all()
