@@ -64,6 +64,26 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ({"quantize": {"device": "gpu"}}, "quantize.device is 'gpu'; it should be auto, cpu, cuda, cuda:N or mps."),
         ({"quantize": {"method": "gtpq"}}, "quantize.method is 'gtpq'; it should be rtn,"),
         ({"quantize": {"method": "qlora", "bits": 8}}, "quantize.bits is 8; it should be 2 to 4 for the NormalFloat"),
+        (
+            {"quantize": {"method": "loftq", "adapter": "dora"}},
+            "quantize.adapter is 'dora'; it should be lora for method",
+        ),
+        (
+            {"quantize": {"start": "closed-form", "adapter": "ia3"}},
+            "quantize.adapter is 'ia3'; it should be lora for s",
+        ),
+        (
+            {"quantize": {"method": "closed-form", "adapter_options": {"use_rslora": True}}},
+            "quantize.adapter_options is",
+        ),
+        (
+            {"quantize": {"method": "qlora", "adapter": "pissa"}},
+            "quantize.adapter is 'pissa'; it should be one that st",
+        ),
+        (
+            {"quantize": {"method": "gptq", "gptq": {"damping": 0}}},
+            "quantize.gptq.damping is 0; it should be more than",
+        ),
         ({"quantize": {"method": "qlora", "symmetric": True}}, "quantize.symmetric is True; it should be false for"),
         ({"quantize": {"symmetric": "yes"}}, "quantize.symmetric is 'yes'; it should be true or false."),
         ({"quantize": {"bits": 1, "symmetric": True}}, "quantize.bits is 1; it should be at least 2 when symmetric"),

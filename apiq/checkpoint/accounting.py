@@ -13,7 +13,8 @@ from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
 
-_PARTS = {"codes": ("codes",), "scales": ("scales", "scale_ranges", "scale_mean"), "zeros": ("zeros",)}
+PARTS = {"codes": ("codes",), "scales": ("scales", "scale_ranges", "scale_mean"), "zeros": ("zeros",)}
+"""The tensors of a packed linear by what they are counted as."""
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U8": 8, "I8": 8}
 
 
@@ -47,7 +48,7 @@ def effective_bits(folder: str | Path, adapter: str | Path | None = None) -> Bit
     shapes = index["metadata"].get("shapes", {})
     spent = {
         part: sum(_size(entries.get(f"{name}.{tensor}")) for name in shapes for tensor in tensors)
-        for part, tensors in _PARTS.items()
+        for part, tensors in PARTS.items()
     }
     weights = sum(math.prod(shape) for shape in shapes.values())
     if not weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.methods.grid import grid_of, rounded
+from apiq.methods.inputs import place
 from apiq.methods.starts import default_adapters
 from apiq.params import QuantizeParams
 
@@ -25,5 +26,6 @@ class Qlora:
 
     def solve(self, problem: Problem) -> Solution:
         """Round every linear, and give it adapters."""
-        packed = {name: rounded(linear, self.grid) for name, linear in problem.linears().items()}
-        return Solution(packed, default_adapters(problem, self.params))
+        quantized = {name: rounded(linear, self.grid) for name, linear in problem.linears().items()}
+        place(problem.block, quantized)  # some adapters, as DoRA, start at what lies below them
+        return Solution(quantized, default_adapters(problem, self.params))

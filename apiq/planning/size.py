@@ -19,17 +19,19 @@ from apiq.adapters.injection import Adapters, model_state
 from apiq.adapters.targets import shapes as linear_shapes
 from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears, replace
-from apiq.checkpoint.accounting import Bits
+from apiq.checkpoint.accounting import PARTS, Bits
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.writing import stored
-from apiq.grids.affine import Grid
-from apiq.layers.packed import PackedLinear
+from apiq.layers.packed import SCALE_PARTS, PackedLinear
 from apiq.methods import build
+from apiq.methods.grid import grid_of
 from apiq.params import QuantizeParams
 from apiq.planning.outline import Outline
 
-PARTS = ("codes", "scales", "zeros")
-_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {
+    torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.uint8: "U8",
+}  # fmt: skip
 _ORDER = list(_NAMES)
 """Tensors stand in a file in this order of their types, and by name within one."""
 _MANIFEST_LINE = 110
@@ -79,14 +81,14 @@ class PackedBlock:
 
     def bits(self, part: str) -> int:
         """Bits that `codes`, `scales` or `zeros` of all linears take."""
-        found = (self.tensors.get(f"{name}.{part}") for name in self.shapes)
+        found = (self.tensors.get(f"{name}.{tensor}") for name in self.shapes for tensor in PARTS[part])
         return sum(8 * tensor.nbytes for tensor in found if tensor is not None)
 
 
 def packed_block(block: nn.Module, params: QuantizeParams, storage: torch.dtype) -> PackedBlock:
     """Pack a block of the meta device as `apiq.blocks.walk.deploy` does; `block` stays as it is."""
     block = copy.deepcopy(block)
-    grid, found = Grid(params.bits, params.group_size, params.symmetric), linears(block)
+    grid, found = grid_of(params), linears(block)
     with torch.device("meta"):
         for name, linear in found.items():
             packed = PackedLinear(linear.in_features, linear.out_features, grid, linear.bias is not None, storage)
@@ -143,7 +145,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def _stored(name: str, value: Tensor, storage: torch.dtype) -> Tensor:
-    return value.detach() if name.endswith(".scales") else stored(value.detach(), storage)
+    return value.detach() if name.rpartition(".")[2] in SCALE_PARTS else stored(value.detach(), storage)
 
 
 def _beside(
@@ -155,6 +157,6 @@ def _beside(
     places |= dict.fromkeys(rest, REST)
     index = {"metadata": {"total_size": 10**9, "shapes": {name: list(s) for name, s in shapes.items()}}}
     text = json.dumps({**index, "weight_map": places}, indent=2)
-    curves = len(files) * {"rtn": 0, "apiq-bw": 1}.get(params.method, len(shapes) // len(files))
+    curves = len(files) * {"omniquant": 1, "apiq-bw": 1, "apiq-lw": len(shapes) // len(files)}.get(params.method, 0)
     losses = 40 * curves * (params.epochs + 1)
     return len(text) + (len(files) + 12) * _MANIFEST_LINE + 120 * len(files) + losses + _SETTINGS

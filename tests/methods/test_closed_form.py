@@ -87,3 +87,21 @@ def test_inputs_that_cannot_be_inverted_are_refused_with_what_to_change(problem,
     monkeypatch.setattr("apiq.methods.closed_form.damped", lambda G, share: -G)
     with pytest.raises(ApiqError, match=r"linear self_attn\.q_proj in block 1 .* raise quantize\.closed_form\.damping"):
         build(settings(method="closed-form")).solve(problem)
+
+
+@pytest.mark.parametrize("method", ["closed-form", "loftq", "qlora", "gptq-lora"])
+def test_only_the_chosen_linears_carry_adapters(problem, method):
+    solution, _ = solved(problem, method=method, adapter_targets=["q_proj", "down_proj"])
+    assert len(solution.linears) == 7
+    carriers = {name.rpartition(".lora_")[0] for name in solution.adapters}
+    assert carriers == {"self_attn.q_proj", "mlp.down_proj"}
+
+
+@pytest.mark.parametrize("method", ["qlora", "gptq-lora"])
+@pytest.mark.parametrize("adapter", ["none", "dora", "ia3"])
+def test_adapters_at_their_start_change_nothing_whatever_they_are(problem, method, adapter):
+    solution, case = solved(problem, method=method, adapter=adapter)
+    assert bool(solution.adapters) == (adapter != "none")
+    bare, plain = solved(problem, method=method, adapter="none")
+    assert not bare.adapters
+    assert case.error(2) == pytest.approx(plain.error(2), rel=1e-4)
