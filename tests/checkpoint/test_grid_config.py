@@ -1,0 +1,24 @@
+"""A grid is read as it was written, and a folder of format 1 as the affine grid that it holds."""
+
+import pytest
+
+from apiq.checkpoint.grid_config import described, grid_of
+from apiq.checkpoint.quantizer import ApiqConfig
+from apiq.grids.affine import Grid
+from apiq.grids.normal_float import NormalFloat
+
+GRIDS = [Grid(2, 64, False), Grid(3, 0, True), NormalFloat(4, 32), NormalFloat(2, 0, double=True)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_grid_is_read_as_it_was_written(grid):
+    assert grid_of(described(grid)) == grid
+    config = ApiqConfig(**described(grid), blocks="model.layers", linears=["q"])
+    assert config.grid == grid
+    assert ApiqConfig(**config.to_dict()).grid == grid
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_folder_of_format_1_holds_the_affine_grid(symmetric):
+    old = {"quant_method": "apiq", "format": 1, "bits": 3, "group_size": 32, "symmetric": symmetric}
+    assert grid_of(old) == ApiqConfig(**old, blocks="model.layers", linears=["q"]).grid == Grid(3, 32, symmetric)
