@@ -1,7 +1,5 @@
 """Every method at every width runs or is refused; what it deployed is what is read back, and its bits are counted."""
 
-import itertools
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -13,7 +11,8 @@ from apiq.checkpoint.loading import load
 from apiq.methods import METHODS
 from apiq.params import QuantizeParams
 
-SETTINGS = list(itertools.product((1, 2, 3, 4, 8), (False, True), (32, 0)))
+SETTINGS = [(2, False, 0), (2, True, 32), *((b, *how) for b in (1, 2, 3, 4, 8) for how in ((False, 32), (True, 0)))]
+"""Every width with either symmetry and with either grouping, and at 2 bits all four pairs of them."""
 
 
 def is_refused(method, bits, symmetric):
