@@ -8,7 +8,8 @@ import pytest
 from apiq.adapters.configuration import block_config, model_config, resolved, targets
 from apiq.adapters.tuners import REFUSED, TUNERS
 from apiq.errors import ApiqError
-from apiq.params import Adapter, parse
+from apiq.params import parse
+from apiq.quantize_params import Adapter
 
 from .conftest import settings
 from .test_targets import LLAMA, MAMBA, MIXTURE
