@@ -187,7 +187,9 @@ print(json.dumps((peak() - before) * 1024))
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="a step of small blocks takes less than predicted: 112 MB against 78 MB measured")
+@pytest.mark.xfail(
+    strict=False, reason="a step of small blocks takes less than predicted: 112 MB against 78 MB measured"
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_predicted_memory_against_the_peak_of_a_child_process(tmp_path, monkeypatch):
     """What is alive, that is: with the C library told to give back all that is freed."""
