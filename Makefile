@@ -38,7 +38,8 @@ types: setup ## Check the types of apiq/ and ci/
 regression: setup ## Run the pipeline on a tiny profile and compare its metrics with ci/metrics.json
 	$(BIN)/python -m ci.regression
 
-bench: setup ## Measure perplexity by method on a model: BENCH_MODEL, BENCH_TRAIN, BENCH_TEXT (see benchmarks/README.md)
+bench: setup ## Measure the engine, and perplexity by method: BENCH_MODEL, BENCH_TRAIN, BENCH_TEXT (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.engine --dtypes float32
 	$(BIN)/python -m benchmarks.quality $(BENCH_MODEL) --calibration $(BENCH_TRAIN) --text $(BENCH_TEXT)
 
 lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that still fit

@@ -9,7 +9,7 @@ Four things take turns in one process, on the same block, windows and adapters; 
 - `floor`: forward and backward of the same block with plain trainable linears, no quantizer, adapter or optimizer;
 - `forward`: forward of that block without gradients.
 Peak memory is what PyTorch allocates above what was there before the step. In float32 the gradients of engine and
-reference are compared. Writes benchmarks/results/DATE-engine-DEVICE.json.
+reference are compared. Writes benchmarks/results/DATE-engine-DEVICE-DTYPES.json.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
             rows.append(measure(width, chosen.tokens, getattr(torch, name), device, chosen.rounds))
             print(rows[-1], flush=True)
     protocol = {"bits": 2, "group_size": GROUP, "rank": RANK, "rounds": chosen.rounds, "inner": "2.75 width"}
-    write(f"engine-{device.type}", {"protocol": protocol, "rows": rows}, device, chosen.out)
+    write("-".join(["engine", device.type, *chosen.dtypes]), {"protocol": protocol, "rows": rows}, device, chosen.out)
 
 
 def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
