@@ -26,16 +26,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that `name` (auto, float32, bfloat16, float16) stands for on `device`.
-
-    auto is bfloat16 on a GPU and on a CPU that multiplies it itself, float32 elsewhere.
-    """
+    """The arithmetic that `name` (auto, float32, bfloat16, float16) stands for on `device`."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16(device) else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether `device` is a CPU with products of bfloat16: 5 times as fast as float32 then, 50 times as slow without."""
+def solver_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The same for the fitting of blocks, where auto is bfloat16 also on a CPU that multiplies it itself."""
+    if name == "auto" and device.type == "cpu" and multiplies_bfloat16():
+        return torch.bfloat16
+    return pick_dtype(name, device)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16: 5 times as fast as float32 then, emulated 50 times as slow."""
     capable = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))

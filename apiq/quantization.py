@@ -27,7 +27,7 @@ from apiq.checkpoint.grid_config import described
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
 from apiq.checkpoint.writing import write_adapter, write_index, write_rest
-from apiq.device import pick_device, pick_dtype
+from apiq.device import pick_device, solver_dtype
 from apiq.errors import ApiqError
 from apiq.files import new_folder, read_json, sha256, write_json
 from apiq.meter import Meter
@@ -61,7 +61,7 @@ def quantize(
     method = build(params)
     _check_windows(windows, params, method.calibrated)
     own, part = (None, params.batch_size) if windows is None else parallel.share(windows, params.batch_size)
-    compute = pick_dtype(params.dtype, device)
+    compute = solver_dtype(params.dtype, device)
     original = full_precision(source, torch.float32 if compute == torch.float32 else None)
     blocks = original.stream.blocks
     found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in blocks.modules]

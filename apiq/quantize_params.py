@@ -60,7 +60,7 @@ class QuantizeParams(Section):
     """Passes over the calibration windows for each block (or layer)."""
     batch_size: Positive = 1
     """Windows in a step. The learning rates are used as they are and were chosen for steps of 1 window; for b windows
-    multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287)."""
+    multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287). Steps of few windows are slower and fit better."""
     shuffle: bool = False
     """Take the windows in another random order in every pass; Table A.1 keeps one order."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -82,7 +82,7 @@ class QuantizeParams(Section):
     """Add the second loss term of the authors' code, which is not in the paper (apiq-bw only):
     the full-precision block on the quantized input is a second target."""
     dtype: DType = "auto"
-    """Arithmetic of the solver: auto is bfloat16 autocast on a GPU and float32 on a CPU."""
+    """Arithmetic of the solver: auto is bfloat16 autocast on a GPU, and on a CPU that multiplies it; else float32."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     activations: Literal["auto", "device", "memory", "disk"] = "auto"

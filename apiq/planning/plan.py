@@ -15,7 +15,7 @@ from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
-from apiq.device import pick_device, pick_dtype
+from apiq.device import pick_device, pick_dtype, solver_dtype
 from apiq.errors import ApiqError
 from apiq.methods import build
 from apiq.params import Params
@@ -63,7 +63,7 @@ def _setting(params: Params, out: Path) -> Setting:
     params = _fitting(params, shapes)
     quantize, tune = params.quantize, params.finetune
     device, tuning_device = pick_device(quantize.device), pick_device(tune.device)
-    compute, tuning_dtype = pick_dtype(quantize.dtype, device), pick_dtype(tune.dtype, tuning_device)
+    compute, tuning_dtype = solver_dtype(quantize.dtype, device), pick_dtype(tune.dtype, tuning_device)
     block = max((block for block, _ in shapes.kinds()), key=lambda b: sum(p.numel() for p in b.parameters()))
     packed = packed_block(block, quantize, shapes.storage)
     shape = (min(quantize.batch_size, params.calibration.windows), params.calibration.length, shapes.width)
