@@ -6,24 +6,18 @@ Every command refuses or fails with one sentence on stderr and status 1, wrong u
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from apiq import cli_planning
+from apiq import cli_planning, cli_refine
 from apiq.cli_options import Json, Set, field, parameters, unescape
+from apiq.cli_output import calibration_windows, show, working
 from apiq.errors import ApiqError
-from apiq.params import CalibrationParams, FinetuneParams, Params, QuantizeParams
-from apiq.progress import silent
+from apiq.params import CalibrationParams, FinetuneParams, QuantizeParams
 
 app = typer.Typer(
     help="Quantize a language model to a few bits with adapters that undo the damage (ApiQ, arXiv 2402.05147), "
@@ -42,14 +36,15 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
     method: Annotated[str | None, field(QuantizeParams, "method")] = None,
+    recipe: Annotated[str | None, field(QuantizeParams, "recipe")] = None,
     bits: Annotated[int | None, field(QuantizeParams, "bits")] = None,
     group_size: Annotated[int | None, field(QuantizeParams, "group_size")] = None,
     symmetric: Annotated[bool | None, field(QuantizeParams, "symmetric", "--symmetric/--asymmetric")] = None,
     rank: Annotated[int | None, field(QuantizeParams, "rank")] = None,
     adapter: Annotated[str | None, field(QuantizeParams, "adapter")] = None,
     adapter_targets: Annotated[str | None, field(QuantizeParams, "adapter_targets", default="all")] = None,
-    epochs: Annotated[int | None, field(QuantizeParams, "epochs")] = None,
-    batch_size: Annotated[int | None, field(QuantizeParams, "batch_size")] = None,
+    epochs: Annotated[int | None, field(QuantizeParams, "epochs", default="that of the recipe")] = None,
+    batch_size: Annotated[int | None, field(QuantizeParams, "batch_size", default="that of the recipe")] = None,
     calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration")] = None,
     windows: Annotated[int | None, field(CalibrationParams, "windows")] = None,
     length: Annotated[int | None, field(CalibrationParams, "length")] = None,
@@ -76,21 +71,21 @@ def quantize(
     from apiq.models.source import locate
 
     given = {
-        "quantize": {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "rank": rank,
-                     "adapter": adapter, "adapter_targets": adapter_targets, "epochs": epochs,
-                     "batch_size": batch_size, "device": device, "seed": seed},
+        "quantize": {"method": method, "recipe": recipe, "bits": bits, "group_size": group_size,
+                     "symmetric": symmetric, "rank": rank, "adapter": adapter, "adapter_targets": adapter_targets,
+                     "epochs": epochs, "batch_size": batch_size, "device": device, "seed": seed},
         "calibration": {"corpus": calibration, "windows": windows, "length": length, "column": column, "join": join,
                         "seed": seed},
     }  # fmt: skip
     params = parameters(given, settings)
-    with _working("quantize") as progress:
+    with working("quantize") as progress:
         folder = locate(model)
         needed = params.quantize.calibrated or calibration is not None
-        tokens = _calibration_windows(folder, params) if needed else None
+        tokens = calibration_windows(folder, params) if needed else None
         import apiq.quantization
 
         result = apiq.quantization.quantize(folder, tokens, params.quantize, out, progress)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -128,7 +123,7 @@ def evaluate(
                      "task_folder": None if task_folder is None else str(task_folder), "device": device},
     }  # fmt: skip
     params = parameters(given, settings).evaluate
-    with _working("evaluate") as progress:
+    with working("evaluate") as progress:
         from apiq.checkpoint.loading import load
         from apiq.evaluation.run import evaluate as measure
 
@@ -136,7 +131,7 @@ def evaluate(
         result = measure(loaded.model, loaded.tokenizer, params, progress)
     if text is not None:
         result = {**result, "perplexity": result["perplexity"]["text"]}
-    _show({"kind": loaded.kind, "model": model, **result}, as_json)
+    show({"kind": loaded.kind, "model": model, **result}, as_json)
 
 
 @app.command()
@@ -169,11 +164,11 @@ def finetune(
                      "device": device},
     }  # fmt: skip
     params = parameters(given, settings)
-    with _working("finetune") as progress:
+    with working("finetune") as progress:
         from apiq.finetuning.run import finetune as train
 
         result = train(folder, params.finetune, out, progress)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -190,11 +185,11 @@ def report(
 ) -> None:
     """Write the report page of a pipeline run: one HTML file that works offline, figures, tables."""
     params = parameters({}, settings).report
-    with _working("report"):
+    with working("report"):
         from apiq.reporting.page import report as write
 
         page = write(data, out or data / "report", title=params.title, histogram_block=params.histogram_block)
-    _show({"report": str(page)}, as_json)
+    show({"report": str(page)}, as_json)
 
 
 @app.command()
@@ -209,60 +204,19 @@ def profile(
 
     [bold]Example:[/bold] apiq profile llama2-7b-2bit
     """
-    with _working("profile"):
+    with working("profile"):
         from apiq import profiles
 
         if name is None:
             result: dict[str, Any] = {"profiles": profiles.known_profiles(params)}
         else:
             result = {"profile": name, "parameters": profiles.lay(name, params).model_dump(mode="json")}
-    _show(result, as_json)
+    show(result, as_json)
 
 
+app.command()(cli_refine.refine)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.doctor)
-
-
-def _calibration_windows(folder: Path, params: Params) -> Any:
-    import torch
-
-    from apiq.calibration.corpora import load_corpus
-    from apiq.calibration.windows import sample_windows, tokenize
-    from apiq.checkpoint.loading import read_tokenizer
-
-    chosen = params.calibration
-    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
-    tokens = tokenize(corpus.text, read_tokenizer(folder))
-    return sample_windows(tokens, chosen.windows, chosen.length, torch.Generator().manual_seed(chosen.seed))
-
-
-@contextlib.contextmanager
-def _working(phase: str) -> Iterator[Any]:
-    """Progress on stderr; whatever a library prints goes there too."""
-    from apiq.terminal import progress_bar
-
-    with contextlib.redirect_stdout(sys.stderr), progress_bar(phase) as progress:
-        yield progress if _leads() else silent
-
-
-def _leads() -> bool:
-    """Whether this is the one of several processes that torchrun started which speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _show(result: Mapping[str, Any], as_json: bool) -> None:
-    if not _leads():
-        return
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in result.items():
-        if not isinstance(value, Mapping | list):
-            table.add_row(key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
-        elif value:
-            table.add_row(key.replace("_", " "), json.dumps(value, indent=1))
-    Console().print(table)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from apiq.errors import ApiqError
@@ -37,6 +39,11 @@ def solver_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto" and device.type == "cpu" and multiplies_bfloat16():
         return torch.bfloat16
     return pick_dtype(name, device)
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """The context in which to compute in `dtype` on `device`: autocast, but for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def multiplies_bfloat16() -> bool:

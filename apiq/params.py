@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from apiq.errors import ApiqError
 from apiq.quantize_params import QuantizeParams
+from apiq.refine_params import RefineParams
 from apiq.refusals import require, sentence
 from apiq.section import Decay, Device, DType, Positive, Rate, Section, Seed
 
@@ -194,6 +195,7 @@ class Params(Section):
     model: ModelParams = Field(default_factory=ModelParams)
     calibration: CalibrationParams = Field(default_factory=CalibrationParams)
     quantize: QuantizeParams = Field(default_factory=QuantizeParams)
+    refine: RefineParams = Field(default_factory=RefineParams)
     finetune: FinetuneParams = Field(default_factory=FinetuneParams)
     evaluate: EvaluateParams = Field(default_factory=EvaluateParams)
     report: ReportParams = Field(default_factory=ReportParams)

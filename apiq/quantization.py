@@ -26,14 +26,14 @@ from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.grid_config import described
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
+from apiq.checkpoint.original import content, remember
 from apiq.checkpoint.writing import write_adapter, write_index, write_rest
 from apiq.device import pick_device, solver_dtype
 from apiq.errors import ApiqError
-from apiq.files import new_folder, read_json, sha256, write_json
+from apiq.files import new_folder, read_json, write_json
 from apiq.meter import Meter
 from apiq.methods import build
 from apiq.methods.grid import grid_of
-from apiq.models.manifest import SUFFIXES
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
 from apiq.work import alone, code_version, fingerprint, work_folder
@@ -81,8 +81,10 @@ def quantize(
         if parallel.rank() == 0:
             with new_folder(out) as folder:
                 _write(folder, original, store, union, spelled, method.adapted)
-                facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
+                facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity),
+                         "original": fingerprint(identity["model"])}  # fmt: skip
                 manifest.write(folder, "quantized", **facts)
+            remember(identity["model"], original.folder)
             shutil.rmtree(work)
         parallel.wait()
     metrics, cost = read_json(Path(out) / "metrics.json"), meter.reading()
@@ -145,7 +147,7 @@ def _deciding(params: QuantizeParams) -> dict[str, Any]:
 def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:
     digest = None if windows is None else fingerprint({"windows": windows.tolist()})
     return {
-        "model": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES},
+        "model": content(folder),
         "windows": digest,
         "parameters": _deciding(params),
         "code": code_version(),

@@ -19,6 +19,7 @@ from apiq.method_params import (
     QloraParams,
 )
 from apiq.method_rules import combinations
+from apiq.recipes import Recipe, filled
 from apiq.refusals import require
 from apiq.section import Decay, Device, DType, Positive, Rate, Section, Seed
 
@@ -32,6 +33,9 @@ Adapter = Literal[
 class QuantizeParams(Section):
     """How the codes, clipping ranges and adapters are found (sections 4.1 to 4.3 of the paper)."""
 
+    recipe: Recipe = "best"
+    """Where ranges, epochs, batch_size, shuffle, schedule, learning rates and decays come from when they are left open:
+    paper (Table A.1), best, or fast (`apiq/recipes.py`)."""
     method: Method = "apiq-bw"
     """Without adapters: rtn (round to nearest), gptq, awq, omniquant. With adapters that start at zero: qlora,
     gptq-lora. Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
@@ -54,6 +58,9 @@ class QuantizeParams(Section):
     The others are quantized all the same."""
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     """More fields of the tuner's config in PEFT, as in {use_dora: true}."""
+    ranges: Literal["whole", "weight", "output"] = "whole"
+    """Start of the clipping ranges in apiq-lw and apiq-bw: the whole range of a group as in the paper, or the one
+    found by search that costs the weight, or the output on calibration, least."""
     start: Literal["default", "closed-form"] = "default"
     """Start of A and B in apiq-lw and apiq-bw: A at random and B = 0, or the best ones for the unfitted codes."""
     epochs: Annotated[int, Field(ge=0)] = 20
@@ -122,7 +129,7 @@ class QuantizeParams(Section):
         name = values.get("adapter") if isinstance(values, Mapping) else None
         reason = REFUSED.get(name) if isinstance(name, str) else None
         require(reason is None, "adapter", name, f"another one: {reason}")
-        return values
+        return filled("quantize", values) if isinstance(values, Mapping) else values
 
     @field_validator("adapter_targets", mode="before")
     @classmethod

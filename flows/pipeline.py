@@ -15,7 +15,7 @@ from apiq.params import Params
 from flows.processes import stream
 from flows.workspace import dvc
 
-STAGES = ("model", "calibration", "quantize", "finetune", "evaluate", "report")
+STAGES = ("model", "calibration", "quantize", "refine", "finetune", "evaluate", "report")
 
 _PROGRESS = re.compile(r"(?P<phase>\S.*?) (?P<done>\d+)/(?P<total>\d+) \d+%(?P<state>.*)")
 _OUTCOMES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Cached"}

@@ -22,8 +22,9 @@ from apiq.params import Params, parse
 from apiq.progress import Progress
 
 DATA = Path("data")
-MODEL, CALIBRATION, QUANTIZED, FINETUNED, EVALUATION, REPORT, TIMING = (
-    DATA / name for name in ("model", "calibration", "quantized", "finetuned", "evaluation", "report", "timing")
+MODEL, CALIBRATION, QUANTIZED, REFINED, FINETUNED, EVALUATION, REPORT, TIMING = (
+    DATA / name
+    for name in ("model", "calibration", "quantized", "refined", "finetuned", "evaluation", "report", "timing")
 )
 METRICS = DATA / "metrics.json"
 """What DVC compares between runs; in git, beside the outs in DVC's cache."""

@@ -1,4 +1,4 @@
-"""Measure the full-precision, the rounded, the quantized and the finetuned model side by side."""
+"""Measure the full-precision, the rounded, the quantized, the refined and the finetuned model side by side."""
 
 import tempfile
 from functools import partial
@@ -7,11 +7,11 @@ from typing import Any
 
 from apiq.params import Params
 from apiq.progress import Progress
-from stages import EVALUATION, FINETUNED, METRICS, MODEL, QUANTIZED, run
+from stages import EVALUATION, FINETUNED, METRICS, MODEL, QUANTIZED, REFINED, run
 
 
 def main(params: Params, progress: Progress) -> None:
-    """data/model/, data/quantized/ and data/finetuned/ to data/evaluation/; the numbers alone to data/metrics.json."""
+    """The models of data/ to data/evaluation/; the numbers alone to data/metrics.json."""
     from apiq.checkpoint.loading import load
     from apiq.evaluation.run import compare, metrics
     from apiq.files import new_folder, read_json, write_json
@@ -20,7 +20,10 @@ def main(params: Params, progress: Progress) -> None:
     models = {"full": partial(load, MODEL, **how)}
     if params.evaluate.rtn and params.quantize.method != "rtn":
         models["rtn"] = partial(load_rounded, params, **how)
-    models |= {"quantized": partial(load, QUANTIZED, **how), "finetuned": partial(load, FINETUNED, **how)}
+    models["quantized"] = partial(load, QUANTIZED, **how)
+    if params.refine.epochs:
+        models["refined"] = partial(load, REFINED, **how)
+    models["finetuned"] = partial(load, FINETUNED, **how)
     results = compare(models, params.evaluate, progress)
     with new_folder(EVALUATION) as out:
         write_json(out / "metrics.json", metrics(results))

@@ -2,14 +2,14 @@
 
 from apiq.params import Params
 from apiq.progress import Progress
-from stages import FINETUNED, QUANTIZED, run
+from stages import FINETUNED, REFINED, run
 
 
 def main(params: Params, progress: Progress) -> None:
-    """data/quantized/ to data/finetuned/."""
+    """data/refined/ to data/finetuned/."""
     from apiq.finetuning.run import finetune
 
-    finetune(QUANTIZED, params.finetune, FINETUNED, progress)
+    finetune(REFINED, params.finetune, FINETUNED, progress)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, nothing of one test left for the next."""
+"""What all tests share: no network, one thread, nothing of one test left for the next or for the user."""
 
 import os
 
@@ -9,8 +9,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # pytest -n 2 keeps two cores busy
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DVC_NO_ANALYTICS"] = "1"
 
+import tempfile
+
 import pytest
 from hypothesis import settings
+
+os.environ["APIQ_CACHE"] = tempfile.mkdtemp(prefix="apiq-cache-")
 
 settings.register_profile("same-every-time", derandomize=True, deadline=None)
 settings.load_profile("same-every-time")

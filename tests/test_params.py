@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from apiq.errors import ApiqError
 from apiq.overrides import lay_over, read_yaml
 from apiq.params import DemoModel, Params, parse
+from apiq.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,13 +41,31 @@ def test_demo_model_of_params_yaml_is_the_default_one() -> None:
     assert parse(read_yaml(ROOT / "params.yaml")).model.demo == DemoModel()
 
 
-def test_defaults_are_those_of_the_paper() -> None:
-    quantize = Params().quantize
+def test_the_recipe_paper_has_the_numbers_of_the_paper() -> None:
+    quantize = parse({"quantize": {"recipe": "paper"}}).quantize
     assert (quantize.bits, quantize.group_size, quantize.rank, quantize.epochs) == (2, 64, 64, 20)
     assert (quantize.lr_theta, quantize.decay_theta) == (0.005, 0.1)
     assert (quantize.lr_adapter, quantize.decay_adapter) == (0.0005, 0.1)
     finetune = Params().finetune
     assert finetune.batch_size * finetune.accumulation == 64
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fills_what_is_left_open_and_nothing_else(recipe: str) -> None:
+    known = RECIPES[recipe]
+    open_keys = parse({section: {"recipe": recipe, **dict.fromkeys(known[section])} for section in known})
+    for section, values in known.items():
+        assert {key: getattr(getattr(open_keys, section), key) for key in values} == values
+    set_keys = parse({"quantize": {"recipe": recipe, "epochs": 7}, "refine": {"recipe": recipe, "generated": 3}})
+    assert (set_keys.quantize.epochs, set_keys.refine.generated) == (7, 3)
+    assert set_keys.quantize.ranges == known["quantize"]["ranges"]
+
+
+def test_recipes_name_parameters_that_are_left_open_in_params_yaml() -> None:
+    written = read_yaml(Path(__file__).parents[1] / "params.yaml")
+    for recipe in RECIPES.values():
+        for section, values in recipe.items():
+            assert all(written[section][key] is None for key in values)
 
 
 def test_parameters_cannot_be_changed_afterwards() -> None:
@@ -90,7 +109,7 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ({"quantize": None}, "quantize is empty; it should be a section of key: value lines."),
         ({"quantize": {"bit": 3}}, "quantize.bit is not a parameter; did you mean bits?"),
         ({"quantise": {}}, "quantise is not a parameter; did you mean quantize?"),
-        ({"quantize": {"xyz": 3}}, "quantize.xyz is not a parameter; known here are method, bits,"),
+        ({"quantize": {"xyz": 3}}, "quantize.xyz is not a parameter; known here are recipe, method, bits,"),
         ({3: {}}, "3 is not a parameter; keys are text."),
         ({"finetune": {"task": "instruction"}}, "finetune.pairs is empty; it should be a file when task is instr"),
         ({"finetune": {"epochs": float("nan")}}, "finetune.epochs is nan; it should be a finite number."),

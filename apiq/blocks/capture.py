@@ -76,6 +76,29 @@ def capture(
     return X, moved
 
 
+@torch.no_grad()
+def completed(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, hidden: Tensor) -> Tensor:
+    """The logits (n, length, vocabulary) that `model` makes of `hidden`, what its last block gave for `windows`."""
+    failures = (ApiqError, TypeError, ValueError, AttributeError, IndexError)
+    try:
+        return _completed(model, blocks, windows, hidden)
+    except failures as failure:
+        try:
+            return _completed(model, blocks, windows, (hidden, None))
+        except failures:
+            raise failure from None
+
+
+def _completed(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, output: Any) -> Tensor:
+    try:
+        for block in blocks:
+            block.forward = lambda *_, **__: output
+        return model(input_ids=windows, use_cache=False).logits
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
 def counted(windows: Tensor) -> Tensor | None:
     """Which positions (n, length) of `windows` hold a token; None where all of them do."""
     mask = windows != PADDING

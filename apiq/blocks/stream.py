@@ -28,6 +28,8 @@ from transformers.utils import logging as transformers_logging
 from apiq.blocks.architecture import Blocks, find_blocks, text_model
 from apiq.errors import ApiqError
 
+CPU = torch.device("cpu")
+
 
 class ModelStream:
     """The skeleton of the model in a folder, on the meta device, and where on disk each of its tensors is.
@@ -73,10 +75,10 @@ class ModelStream:
             yield self.model
 
     @contextlib.contextmanager
-    def rest(self) -> Iterator[PreTrainedModel]:
-        """The model with everything that lies outside the blocks on the CPU, for the block."""
+    def rest(self, device: torch.device = CPU) -> Iterator[PreTrainedModel]:
+        """The model with everything that lies outside the blocks on `device`, for the block."""
         blocks = f"{self.blocks.path}."
-        with self._borrowed(lambda name: not name.startswith(blocks), torch.device("cpu")):
+        with self._borrowed(lambda name: not name.startswith(blocks), device):
             yield self.model
 
     @contextlib.contextmanager

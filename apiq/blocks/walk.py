@@ -11,7 +11,6 @@ The error of the earlier blocks is in Xq, so every block also undoes what it can
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from apiq.blocks.stream import ModelStream
 from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint.layout import block_file
 from apiq.checkpoint.writing import shapes, stored, write_block
+from apiq.device import precision
 from apiq.errors import ApiqError
 from apiq.memory import OutOfMemory
 from apiq.params import QuantizeParams
@@ -114,7 +114,7 @@ class Walk:
         mask = None if self.windows is None else counted(self.windows)
         problem = Problem(
             index, block, call, X, Xq, None, None if mask is None else mask.to(self.device),
-            _seed(self.params.seed, index), self._precision, report,
+            _seed(self.params.seed, index), lambda: precision(self.device, self.compute), report,
         )  # fmt: skip
         if X is not None:
             problem.targets = X.mapped(problem.run, self.params.batch_size)
@@ -156,11 +156,6 @@ class Walk:
         count = len(self.stream.blocks.modules)
         told = f", {len(solution.unreached)} linears without a token" if solution.unreached else ""
         self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}{told}", last))
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        if self.compute == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute)
 
     def _require_finite(self, block: nn.Module, index: int) -> None:
         for name, value in block.state_dict().items():

@@ -1,38 +1,65 @@
-"""Clipping ranges found from the weight alone."""
+"""Search of clipping ranges: for each group the one that costs its outputs least."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from apiq.grids import sweeps
-from apiq.grids.affine import Grid, grouped, scale_and_zero
+from apiq.grids.affine import Grid, extrema, fake_quantize, grouped, scale_and_zero
 
-FACTORS = (0.3, 0.999, 29)
-"""The narrowest and the widest range that are tried, relative to the extrema, and how many."""
+SHARES = tuple(1 - 0.05 * step for step in range(13))
+"""Shares of the whole range that are tried: 1 to 0.4 (a Gaussian group at 2 bits wants about 0.65)."""
 
 
-@torch.no_grad()
-def closest_range(W: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
-    """The factor c (out, G) for which the range c low .. c high of each group gives the least ||W - Q||^2.
+Pairs = Iterable[tuple[float, float]]
 
-    One factor for both ends, the best of FACTORS; W (out, in), the extrema low and high (out, G).
+
+def searched(W: Tensor, grid: Grid, G: Tensor | None = None, pairs: Pairs | None = None) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, each (out, G), of the ranges that `best_shares` finds."""
+    low, high = extrema(W, grid)
+    a, b = best_shares(W, grid, G, pairs)
+    return scale_and_zero(a * low, b * high, grid)
+
+
+def best_shares(W: Tensor, grid: Grid, G: Tensor | None = None, pairs: Pairs | None = None) -> tuple[Tensor, Tensor]:
+    """The shares a and b, each (out, G), of the best range a low .. b high of each group of W (out, in).
+
+    Minimise d^T H d for every row and group, with d the error of its weights and H the block of the second
+    moments G = X^T X (in, in) that belongs to the group, or the identity without G. Correlations
+    between groups are left out. The shares (a, b) are those of `pairs`; by default all pairs of SHARES, or
+    equal ones on a symmetric grid, where the larger end decides. Ties go to the first.
     """
-    least = torch.full_like(low, torch.inf)
-    best = torch.full_like(low, FACTORS[1])
-    for factor in torch.linspace(*FACTORS).tolist():
-        s, z = scale_and_zero(factor * low, factor * high, grid)
-        Q = sweeps.dequantized(W, s, z, grid.top, grid.width(W.shape[1]), torch.float32)
-        error = _summed(Q.sub_(W).square_(), grid)
+    low, high = extrema(W, grid)
+    if pairs is None:
+        pairs = [(a, b) for a in SHARES for b in SHARES if a == b or not grid.symmetric]
+    blocks = None if G is None else diagonal_blocks(G, grid)
+    first, second = torch.ones_like(low), torch.ones_like(high)
+    least = torch.full_like(low, float("inf"))
+    for a, b in pairs:
+        error = _error(W, *scale_and_zero(a * low, b * high, grid), grid, blocks)
         better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, factor, best)
-    return best
+        least = torch.where(better, error, least)
+        first, second = torch.where(better, a, first), torch.where(better, b, second)
+    return first, second
 
 
-def _summed(V: Tensor, grid: Grid) -> Tensor:
-    """The sum over each group of V (out, in), (out, G)."""
-    total = grouped(V, grid).sum(-1)
-    extra = -V.shape[1] % grid.width(V.shape[1])
-    if extra:
-        total[:, -1] -= extra * V[:, -1]  # with which a short last group was filled up
-    return total
+def diagonal_blocks(G: Tensor, grid: Grid) -> Tensor:
+    """The blocks (groups, g, g) of G (in, in) on its diagonal, zero where the last group is short."""
+    width, groups = grid.width(len(G)), grid.groups(len(G))
+    short = groups * width - len(G)
+    whole = F.pad(G, (0, short, 0, short)).reshape(groups, width, groups, width)
+    return whole.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _error(W: Tensor, s: Tensor, z: Tensor, grid: Grid, blocks: Tensor | None) -> Tensor:
+    """Cost of each group, (out, G)."""
+    D = fake_quantize(W, s, z, grid) - W
+    short = -D.shape[1] % grid.width(D.shape[1])
+    d = grouped(F.pad(D, (0, short)), grid)
+    if blocks is None:
+        return d.square().sum(-1)
+    weighted = torch.einsum("ogi,gij->ogj", d, blocks)
+    return (weighted * d).sum(-1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apiq.grids.affine import Grid, clipped, encode, extrema, fake_quantize
-from apiq.grids.search import closest_range
+from apiq.grids.search import best_shares
 from apiq.layers.packed import PackedLinear
 from apiq.layers.product import product
 
@@ -59,11 +59,15 @@ class FakeQuantLinear(nn.Linear):
         return product(input, self.full_weight, *self.scale_and_zero(), self.grid, self.bias)
 
     @torch.no_grad()
-    def fit_to_weight(self) -> None:
-        """Set gamma and beta to the range with the least squared error of the weight itself; no data are needed."""
-        factor = closest_range(self.full_weight, self.low, self.high, self.grid)
-        self.gamma.copy_(factor.logit())
-        self.beta.copy_(factor.logit())
+    def fit_range(self, G: Tensor | None = None) -> None:
+        """Set gamma and beta to the searched range of each group: see `apiq.grids.search.best_shares`.
+
+        With the second moments G (in, in) of the input the error of the output counts, without them that of the weight.
+        """
+        whole = torch.sigmoid(torch.tensor(START)).item()
+        lower, upper = best_shares(self.full_weight.float(), self.grid, G)
+        self.gamma.copy_(upper.clamp(max=whole).logit())
+        self.beta.copy_(lower.clamp(max=whole).logit())
 
     @torch.no_grad()
     def packed(self) -> PackedLinear:

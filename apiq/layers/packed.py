@@ -87,10 +87,17 @@ class PackedLinear(nn.Linear):
 
     def dequantized(self) -> Tensor:
         """Q = s (codes - z), or s levels[codes], (out, in), computed in float32, in the compute dtype."""
-        codes, s, z = self.unpacked()
+        return self._decoded(*self.unpacked()).to(self.compute_dtype)
+
+    def scaled(self, s: Tensor) -> Tensor:
+        """Q (out, in) with other scales s (out, G) on its codes, in the dtype of s; with scales of 1, codes - z."""
+        codes, _, z = self.unpacked()
+        return self._decoded(codes, s, z)
+
+    def _decoded(self, codes: Tensor, s: Tensor, z: Tensor) -> Tensor:
         if isinstance(self.grid, NormalFloat):
-            return normal_float.decode(codes, s, self.grid).to(self.compute_dtype)
-        return decode(codes, s, z, self.grid).to(self.compute_dtype)
+            return normal_float.decode(codes, s, self.grid)
+        return decode(codes, s, z, self.grid)
 
     @property
     def weight(self) -> Tensor:

@@ -9,6 +9,8 @@ each group of G dQ/ds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -44,6 +46,13 @@ def dequantized(W: Tensor, s: Tensor, z: Tensor, grid: Grid, dtype: torch.dtype)
     return sweeps.dequantized(W, s, z, grid.top, grid.width(W.shape[1]), stored).to(dtype)
 
 
+def rows_at_once(W: Tensor) -> Iterator[slice]:
+    """Slices of the rows of W (out, in) that make pieces of the size of ROWS."""
+    step = max((ROWS if W.device.type == "cpu" else ROWS_GPU) // W.shape[1], 1)
+    for start in range(0, len(W), step):
+        yield slice(start, min(start + step, len(W)))
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, X: Tensor, s: Tensor, bias: Tensor | None, W: Tensor, z: Tensor, grid: Grid) -> Tensor:
@@ -70,9 +79,7 @@ def _scale_gradient(grad: Tensor, X: Tensor, W: Tensor, s: Tensor, z: Tensor, gr
     """The gradient of s (out, G) from that of Y (tokens, out), for X (tokens, in)."""
     result = torch.empty_like(s)
     width = grid.width(W.shape[1])
-    step = max((ROWS if W.device.type == "cpu" else ROWS_GPU) // W.shape[1], 1)
-    for start in range(0, len(W), step):
-        rows = slice(start, start + step)
+    for rows in rows_at_once(W):
         G = grad[:, rows].t() @ X
         result[rows] = sweeps.scale_gradient(G, W[rows], s[rows], z[rows], grid.top, width)
     return result

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, encode
-from apiq.grids.weighted_search import searched
+from apiq.grids.search import searched
 from apiq.methods.equivalent import Pair, pairs, put, transformed
 from apiq.methods.gptq import add, output_error
 from apiq.methods.grid import grid_of, nearest, packed, values

@@ -8,7 +8,7 @@ from apiq.adapters.configuration import targets
 from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import encode
-from apiq.grids.weighted_search import searched
+from apiq.grids.search import searched
 from apiq.layers.packed import PackedLinear
 from apiq.methods.gptq import add, error_feedback
 from apiq.methods.grid import grid_of, nearest, packed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from apiq.blocks.problem import Curve
 from apiq.errors import ApiqError
 from apiq.memory import halved
 from apiq.methods.flat import Group, Optimizer
-from apiq.params import QuantizeParams
 
 RETRIES = 5
 """Times that an epoch is tried again, each time at half the rate, before giving up."""
@@ -41,6 +41,31 @@ class Objective:
     """Names of the parameters by their id, for messages."""
     scale: float | None = None
     """Factor on the loss in the backward pass, which keeps the gradients of float16 from vanishing."""
+    remedy: str = "lower quantize.lr_theta and quantize.lr_adapter, or set quantize.dtype to float32"
+    """What to do when it cannot be minimised, for messages."""
+
+
+class Passes(Protocol):
+    """How the windows are passed over; a section of params.yaml that says what each means."""
+
+    epochs: Any
+    batch_size: Any
+    shuffle: Any
+    schedule: Any
+    held_out: Any
+    patience: Any
+
+
+class Keeper(Protocol):
+    """Keeps the state of a descent after each epoch, so that it can be taken up there."""
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, or None."""
+        ...
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace what was saved before."""
+        ...
 
 
 @dataclass
@@ -61,15 +86,17 @@ class Trace:
 def descend(
     groups: Iterable[Group],
     objective: Objective,
-    params: QuantizeParams,
+    params: Passes,
     seed: int,
     report: Callable[[int, float], None],
+    keeper: Keeper | None = None,
 ) -> Trace:
     """Minimise the objective by `params.epochs` passes over its windows.
 
     The loss stays on the device within an epoch. An epoch with a loss or a parameter that is not finite is taken
     back and run again at half the rate. With `held_out` the best state by the loss on these windows is
-    left, otherwise the last. A batch that does not fit into memory is divided, its gradients added.
+    left, otherwise the last. A batch that does not fit into memory is divided, its gradients added. With a `keeper`
+    a descent that was stopped goes on after its last finished epoch, with the same result.
 
     Raises:
         ApiqError: the loss was not finite even at 1/2^RETRIES of the rate, or one window does not fit into memory.
@@ -79,13 +106,13 @@ def descend(
         return Trace()
     optimizer = Optimizer(groups)
     try:
-        return _Descent(optimizer, objective, params, seed).run(report)
+        return _Descent(optimizer, objective, params, seed).run(report, keeper)
     finally:
         optimizer.release()
 
 
 class _Descent:
-    def __init__(self, optimizer: Optimizer, objective: Objective, params: QuantizeParams, seed: int):
+    def __init__(self, optimizer: Optimizer, objective: Objective, params: Passes, seed: int):
         self.optimizer, self.objective, self.params = optimizer, objective, params
         aside = math.ceil(params.held_out * objective.windows) if objective.windows > 1 else 0
         self.trained = objective.windows - aside
@@ -95,26 +122,42 @@ class _Descent:
         self.rescales = 0 if objective.scale is None else RESCALES
         self.generator = torch.Generator().manual_seed(seed)
 
-    def run(self, report: Callable[[int, float], None]) -> Trace:
-        trace = Trace()
+    def run(self, report: Callable[[int, float], None], keeper: Keeper | None) -> Trace:
         aside = self.trained < self.objective.windows
-        best = self.optimizer.values() if aside else []
-        if aside:
+        trace, best = self._resumed(keeper) or (Trace(), self.optimizer.values() if aside else [])
+        if aside and not trace.held_out:
             trace.held_out.append(self._held_out())
-        for epoch in range(self.params.epochs):
-            trace.losses.append(self._guarded(epoch))
-            report(epoch + 1, trace.losses[-1])
-            if not aside:
-                continue
-            trace.held_out.append(self._held_out())
-            gained = trace.held_out.index(min(trace.held_out))
-            if gained == epoch + 1:
-                best = self.optimizer.values()
-            if 0 < self.params.patience <= epoch + 1 - gained:
+        for epoch in range(len(trace.losses), self.params.epochs):
+            if aside and 0 < self.params.patience <= epoch - _lowest(trace.held_out):
                 break
+            trace.losses.append(self._guarded(epoch))
+            if aside:
+                trace.held_out.append(self._held_out())
+                best = self.optimizer.values() if _lowest(trace.held_out) == epoch + 1 else best
+            if keeper is not None:
+                keeper.save(self._state(trace, best))
+            report(epoch + 1, trace.losses[-1])
         if aside:
             self.optimizer.put(best)
         return trace
+
+    def _state(self, trace: Trace, best: list[Tensor]) -> dict[str, Any]:
+        return {
+            "trace": [trace.losses, trace.held_out],
+            "best": best,
+            "optimizer": self.optimizer.saved(),
+            "order": self.generator.get_state(),
+            "numbers": [self.part, self.factor, self.scale, self.rescales],
+        }
+
+    def _resumed(self, keeper: Keeper | None) -> tuple[Trace, list[Tensor]] | None:
+        state = None if keeper is None else keeper.load()
+        if state is None:
+            return None
+        self.optimizer.restore(state["optimizer"])
+        self.generator.set_state(state["order"])
+        self.part, self.factor, self.scale, self.rescales = state["numbers"]
+        return Trace(*state["trace"]), state["best"]
 
     def _guarded(self, epoch: int) -> float:
         """Run one epoch, again at a lower rate while a number is not finite; the mean loss."""
@@ -136,8 +179,7 @@ class _Descent:
             if self.factor < 2.0**-RETRIES:
                 raise ApiqError(
                     f"the loss of {self.objective.where} is not finite in epoch {epoch + 1}, step {bad + 1}{culprit}, "
-                    f"even at 1/{2**RETRIES} of the learning rates: lower quantize.lr_theta and quantize.lr_adapter, "
-                    "or set quantize.dtype to float32."
+                    f"even at 1/{2**RETRIES} of the learning rates: {self.objective.remedy}."
                 )
 
     def _culprit(
@@ -222,6 +264,10 @@ class _Descent:
                 yield slice(int(order[start]), int(order[start]) + 1)
             else:
                 yield order[start:stop]
+
+
+def _lowest(losses: list[float]) -> int:
+    return losses.index(min(losses))
 
 
 def _length(batch: Batch) -> int:

@@ -18,6 +18,7 @@ from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.affine import Grid
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.methods.flat import Group
+from apiq.methods.moments import in_order
 from apiq.methods.starts import start_at_closed_form
 from apiq.params import QuantizeParams
 
@@ -69,6 +70,7 @@ class Fit:
         if self.tuner is not None and self.tuner.moves_weight:
             self._move_weight(originals)
         self._wrap(list(originals))
+        self._search(originals)
         if self.tuner is not None and self.tuner.joint and self.adapters is None:
             self.adapters = Adapters(problem.block, params, self.shapes, problem.seed, start=True)
         if params.start == "closed-form" and self.adapters is not None:
@@ -119,13 +121,22 @@ class Fit:
         """Fit the ranges of the linears `unreached` by any calibration token to their weights alone."""
         self.unreached = unreached
         for name in unreached:
-            self.fakes[name].fit_to_weight()
+            self.fakes[name].fit_range()
 
     def _move_weight(self, originals: dict[str, nn.Linear]) -> None:
         """Put adapters on copies of the linears, which they take a part of the weight from."""
         for name in targets(self.params, self.shapes, strict=False):
             replace(self.problem.block, name, copy.deepcopy(originals[name]))
         self.adapters = Adapters(self.problem.block, self.params, self.shapes, self.problem.seed, start=True)
+
+    def _search(self, originals: dict[str, nn.Linear]) -> None:
+        """Start the ranges where `quantize.ranges` says, linear by linear in input order."""
+        if self.params.ranges == "weight":
+            for fake in self.fakes.values():
+                fake.fit_range()
+        elif self.params.ranges == "output":
+            for fed in in_order(self.problem, self.params.batch_size, originals=originals):
+                self.fakes[fed.name].fit_range(fed.moments.G if fed.moments.reached else None)
 
     def _wrap(self, names: list[str]) -> None:
         """Put FakeQuantLinear in the place of every linear, below its adapter where it carries one already."""

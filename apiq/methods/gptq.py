@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, decode, encode, extrema, scale_and_zero
-from apiq.grids.weighted_search import searched
+from apiq.grids.search import searched
 from apiq.layers.packed import PackedLinear
 from apiq.methods.grid import grid_of, packed
 from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
@@ -80,7 +80,7 @@ def error_feedback(
     Cholesky factor U of H^-1 (equations 2 and 3, algorithm 1). A group's range is that of its weights when its
     first column is reached. With `act_order` columns come by falling diagonal of H, and since a group's columns
     are then scattered over the order, its range is that of the weights as they were given. With `search` the range
-    is, of these weights too, the one that costs the outputs least (`apiq.grids.weighted_search`).
+    is, of these weights too, the one that costs the outputs least (`apiq.grids.search`).
 
     Raises:
         torch.linalg.LinAlgError: H is not positive definite.

@@ -12,11 +12,12 @@ from apiq.errors import ApiqError
 from apiq.files import read_json
 from apiq.reporting.units import known
 
-PHASES = ("model", "calibration", "quantize", "finetune", "evaluate")
+PHASES = ("model", "calibration", "quantize", "refine", "finetune", "evaluate")
 MANIFESTS = {
     "model": ("model", "model.json"),
     "calibration": ("calibration", "manifest.json"),
     "quantize": ("quantized", "apiq.json"),
+    "refine": ("refined", "apiq.json"),
     "finetune": ("finetuned", "apiq.json"),
     "evaluate": ("evaluation", "results.json"),
 }

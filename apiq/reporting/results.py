@@ -15,6 +15,7 @@ KNOWN_MODELS = {
     "full": "full precision",
     "rtn": "round to nearest",
     "quantized": "quantized",
+    "refined": "refined",
     "finetuned": "finetuned",
 }
 EXPECTED = {model: KNOWN_MODELS[model] for model in ("full", "quantized", "finetuned")}

@@ -44,7 +44,9 @@ def work(tmp_path, monkeypatch):
 
 
 def settings(**values):
-    return QuantizeParams(**{"bits": 2, "group_size": 32, "rank": 4, "epochs": 1, "lr_adapter": 0.01, **values})
+    return QuantizeParams(
+        **{"recipe": "paper", "bits": 2, "group_size": 32, "rank": 4, "epochs": 1, "lr_adapter": 0.01, **values}
+    )
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from apiq.grids import sweeps
 from apiq.grids.affine import Grid, decode, encode, extrema, grouped, scale_and_zero
-from apiq.grids.search import FACTORS, closest_range
 
 SHAPES = [(5, 100), (64, 64), (3, 7), (1, 130)]
 
@@ -64,23 +63,3 @@ def test_the_functions_that_are_compiled_for_a_gpu_are_one_graph_with_the_same_r
     operands = (*parts, s[..., None], z[..., None], 3)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     assert torch.equal(compiled(*operands), function(*operands))
-
-
-@pytest.mark.parametrize(("bits", "width", "symmetric"), [(2, 16, False), (3, 43, False), (2, 0, True)])
-def test_the_closest_range_is_the_best_of_all_that_are_tried_group_by_group(bits, width, symmetric):
-    grid = Grid(bits, width, symmetric)
-    W = torch.randn(4, 100, generator=torch.Generator().manual_seed(3))
-    low, high = extrema(W, grid)
-    best = closest_range(W, low, high, grid)
-    step = grid.width(100)
-
-    def error(factor, row, group):
-        part = W[row : row + 1, group * step : (group + 1) * step].double()
-        one = Grid(bits, 0, symmetric)
-        s, z = scale_and_zero(factor * low[row, group].view(1, 1), factor * high[row, group].view(1, 1), one)
-        return float((decode(encode(part.float(), s, z, one), s, z, one) - part).square().sum())
-
-    for row in range(4):
-        for group in range(grid.groups(100)):
-            errors = [error(factor, row, group) for factor in torch.linspace(*FACTORS).tolist()]
-            assert error(float(best[row, group]), row, group) <= min(errors) * (1 + 1e-4) + 1e-9

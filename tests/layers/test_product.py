@@ -90,5 +90,5 @@ def test_the_range_fitted_to_the_weight_is_closer_to_it_than_the_whole_range():
         fake.gamma.fill_(9.0)
         fake.beta.fill_(9.0)
         whole = (fake.weight - fake.full_weight).square().sum()
-        fake.fit_to_weight()
+        fake.fit_range()
         assert (fake.weight - fake.full_weight).square().sum() < 0.9 * whole

@@ -13,7 +13,7 @@ from apiq.params import QuantizeParams
 
 
 def settings(**values):
-    return QuantizeParams(**{"epochs": 4, "batch_size": 2, **values})
+    return QuantizeParams(**{"recipe": "paper", "epochs": 4, "batch_size": 2, **values})
 
 
 def silent(epoch, loss):

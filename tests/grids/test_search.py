@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apiq.grids.affine import Grid, extrema, fake_quantize, scale_and_zero
-from apiq.grids.weighted_search import SHARES, diagonal_blocks, searched
+from apiq.grids.search import SHARES, diagonal_blocks, searched
 
 GRIDS = [Grid(2, 8, False), Grid(2, 8, True), Grid(3, 7, False), Grid(1, 5, False), Grid(4, 0, True)]
 

@@ -1,0 +1,1 @@
+"""End to end, against the full-precision model: adapters and scales are trained while the codes stay."""

@@ -1,0 +1,64 @@
+"""Windows that the quantized model writes itself: text on which it can be corrected, without any more text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from apiq.memory import in_parts
+from apiq.progress import Progress, Step
+from apiq.randomness import borrowed
+
+AT_ONCE = 256
+"""Windows that are written side by side where memory allows."""
+SHARE = 4
+"""Keys and values of these windows may fill one part in so many of the free memory."""
+
+
+@torch.no_grad()
+def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, progress: Progress) -> Tensor:
+    """`count` windows (count, length) of the length of `windows` (n, length), sampled from `model` as it is.
+
+    Each goes on from `prompt` tokens of one of `windows`, taken at a random place. What a quantized model says is
+    where it will be used, and where its own errors lead it (on-policy distillation, arXiv 2306.13649); the
+    full-precision model's predictions for it need no text (LLM-QAT, arXiv 2305.17888).
+
+    Raises:
+        ApiqError: one window at a time does not fit into the memory of the device.
+    """
+    length, device = windows.shape[1], next(model.parameters()).device
+    prompt = min(prompt, length - 1)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(windows), (count, 1), generator=generator)
+    starts = torch.randint(length - prompt + 1, (count, 1), generator=generator)
+    prompts = windows[rows, starts + torch.arange(prompt)]
+    result = windows.new_empty(count, length)
+
+    def write(batch: slice) -> None:
+        with borrowed(seed + batch.start):
+            result[batch] = _sampled(model, prompts[batch].to(device), length - prompt).cpu()
+        progress(Step("refine", batch.stop, count, f"the quantized model writes window {batch.stop}/{count}"))
+
+    in_parts(count, _at_once(model, length, device), write, "the generation of windows")
+    return result
+
+
+def _at_once(model: Any, length: int, device: torch.device) -> int:
+    """How many windows to write side by side."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * width * length * torch.finfo(model.dtype).bits // 8
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(AT_ONCE, free // SHARE // each))
+
+
+def _sampled(model: Any, prompts: Tensor, more: int) -> Tensor:
+    """`more` tokens behind each of `prompts`, drawn from the whole distribution; no end of text."""
+    return model.generate(
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=more, min_new_tokens=more, pad_token_id=0, num_return_sequences=1,
+    )  # fmt: skip

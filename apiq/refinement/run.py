@@ -1,0 +1,158 @@
+"""Refinement from folder to folder: read, generate, ask the full-precision model, train, write."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apiq.checkpoint import manifest
+from apiq.checkpoint.loading import full_precision, load
+from apiq.checkpoint.original import require_original
+from apiq.checkpoint.rewriting import rewritten
+from apiq.device import pick_device, pick_dtype, precision
+from apiq.evaluation.perplexity import refuse
+from apiq.files import new_folder, read_json, write_json
+from apiq.meter import Meter
+from apiq.methods.descent import Batch, Objective, Trace, descend
+from apiq.methods.flat import names
+from apiq.progress import Progress, Step, silent
+from apiq.refine_params import RefineParams
+from apiq.refinement.divergence import divergence
+from apiq.refinement.generation import generated
+from apiq.refinement.kept import Kept
+from apiq.refinement.teacher import Predictions, predictions
+from apiq.refinement.trained import Trained
+from apiq.work import alone, code_version, fingerprint, work_folder
+
+LOSSES = "refine.csv"
+
+
+def refine(
+    folder: str | Path,
+    original: str | Path,
+    windows: Tensor,
+    params: RefineParams,
+    out: str | Path,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train adapters and scales of the quantized model in `folder` against the predictions of the `original` model.
+
+    Minimised is the mean over all positions of KL(p || q), with p of the full-precision and q of the quantized
+    model, on `windows` (n, length) and on windows that the quantized model writes. Codes and zero points stay. A
+    run that was stopped is taken up after its last finished pass by the same call.
+
+    Returns:
+        `loss_first` and `loss_last`, the divergence on `windows` in nats before and after; `windows` and
+        `generated`, how many there were; and what the run cost: `seconds`, `cpu_seconds`, `peak_memory_mb`.
+
+    Raises:
+        ApiqError: `original` is not the model that `folder` was made from, the windows do not fit, a file is
+            damaged, or the loss is not finite whatever the rate.
+    """
+    meter, folder = Meter(), Path(folder)
+    facts = manifest.verify(folder)
+    device = pick_device(params.device)
+    compute = pick_dtype(params.dtype, device)
+    source = full_precision(original, torch.float32 if compute == torch.float32 else None)
+    require_original(facts, folder, source.folder)
+    loaded = load(folder, dtype=params.dtype, device=params.device, trainable=True)
+    refuse(loaded.model, windows)
+    loaded.model.eval()
+    identity = {"refine": params.model_dump(), "files": facts["files"], "code": code_version(),
+                "windows": fingerprint({"windows": windows.tolist()})}  # fmt: skip
+    with alone(work_folder(identity)) as work:
+        kept = Kept(work)
+        everything = kept.once("windows", lambda: _everything(loaded.model, windows, params, progress))["windows"]
+        told = kept.once(
+            "predictions",
+            lambda: vars(predictions(source.stream, everything, params.top_k, device, compute, progress)),
+        )
+        teacher = Predictions(told["logs"], told.get("index"))
+        trained = Trained(loaded.model, scales=params.lr_scales > 0)
+        lesson = _Lesson(trained, everything, teacher, device, compute)
+        first = kept.once("first", lambda: {"loss": lesson.mean(len(windows), params.batch_size)})["loss"]
+        trace = lesson.learn(params, kept, progress)
+        last = lesson.mean(len(windows), params.batch_size)
+        result = {"loss_first": float(first), "loss_last": float(last), "windows": len(windows),
+                  "generated": len(everything) - len(windows)}  # fmt: skip
+        _write(folder, Path(out), trained, facts, params, trace, result)
+        shutil.rmtree(work)
+    return {**result, **meter.reading(), "out": str(out)}
+
+
+def _everything(model: Any, windows: Tensor, params: RefineParams, progress: Progress) -> dict[str, Tensor]:
+    """Calibration windows, then generated ones."""
+    if not params.generated:
+        return {"windows": windows}
+    own = generated(model, windows, params.generated, params.prompt, params.seed, progress)
+    return {"windows": torch.cat([windows, own])}
+
+
+class _Lesson:
+    """The loss of a packed model on windows with the predictions of its teacher."""
+
+    def __init__(
+        self, trained: Trained, windows: Tensor, teacher: Predictions, device: torch.device, compute: torch.dtype
+    ):
+        self.trained, self.windows, self.teacher = trained, windows, teacher
+        self.device, self.compute = device, compute
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean divergence over the positions of some windows."""
+        with precision(self.device, self.compute):
+            logits = self.trained.model(input_ids=self.windows[batch].to(self.device), use_cache=False).logits
+        index = None if self.teacher.index is None else self.teacher.index[batch].to(self.device)
+        return divergence(logits, self.teacher.logs[batch].to(self.device), index)
+
+    @torch.no_grad()
+    def mean(self, count: int, size: int) -> Tensor:
+        """Mean divergence over the first `count` windows."""
+        self.trained.model.eval()
+        starts = range(0, count, size)
+        stops = [min(start + size, count) for start in starts]
+        losses = [self.loss(slice(a, b)) * (b - a) for a, b in zip(starts, stops, strict=True)]
+        return (torch.stack(losses).double().sum() / count).cpu()
+
+    def learn(self, params: RefineParams, kept: Kept, progress: Progress) -> Trace:
+        """Train what is open of the model."""
+        if params.activation_checkpointing is True or (
+            params.activation_checkpointing == "auto" and self.device.type == "cuda"
+        ):
+            self.trained.checkpoint_activations()
+
+        total, shown = params.epochs * len(self.windows), {"done": 0, "loss": None}
+
+        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+            loss = self.loss(batch)
+            shown["done"] += batch.stop - batch.start if isinstance(batch, slice) else len(batch)
+            progress(Step("refine", min(shown["done"], total), total, f"window {shown['done']}/{total}", shown["loss"]))
+            return loss, loss
+
+        def report(epoch: int, loss: float) -> None:
+            shown.update(done=epoch * len(self.windows), loss=loss)
+
+        objective = Objective(
+            loss_of, len(self.windows), "refinement", names=names(self.trained.model),
+            remedy="lower refine.lr_adapter and refine.lr_scales, or set refine.dtype to float32",
+        )  # fmt: skip
+        return descend(self.trained.groups(params), objective, params, params.seed, report, kept)
+
+
+def _write(
+    folder: Path, out: Path, trained: Trained, facts: dict[str, Any], params: RefineParams, trace: Trace, result: Any
+) -> None:
+    with new_folder(out) as new:
+        rewritten(folder, new, trained.scales(), trained.adapter_state())
+        metrics = read_json(new / "metrics.json")
+        write_json(new / "metrics.json", {**metrics, "refine": result})
+        with open(new / LOSSES, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(["epoch", "loss"])
+            rows.writerows([epoch, repr(loss)] for epoch, loss in enumerate(trace.losses, start=1))
+        kept = {key: value for key, value in facts.items() if key not in ("format", "kind", "files")}
+        manifest.write(new, "quantized", **{**kept, "refined": params.model_dump(mode="json")})

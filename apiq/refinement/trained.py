@@ -1,0 +1,75 @@
+"""What is trained of a packed model: its adapters, and the scales of its linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from apiq.blocks.architecture import replace
+from apiq.errors import ApiqError
+from apiq.layers.packed import PackedLinear
+from apiq.layers.scaled import ScaledLinear
+from apiq.methods.flat import Group
+from apiq.refine_params import RefineParams
+
+
+class Trained:
+    """A packed model with its adapters open, and with ScaledLinear for PackedLinear where scales are trained."""
+
+    def __init__(self, model: Any, scales: bool):
+        """Open the adapters of `model`, which is changed in place, and its `scales`.
+
+        Scales that are stored in 8 bits (double quantization) stay as they are.
+
+        Raises:
+            ApiqError: nothing can be.
+        """
+        self.model = model
+        self.base: nn.Module = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in self.adapters:
+            parameter.data = parameter.data.float()
+        self.scaled: dict[str, ScaledLinear] = {}
+        for name, module in list(self.base.named_modules()):
+            if scales and isinstance(module, PackedLinear) and not module.doubly_quantized:
+                self.scaled[name.replace(".base_layer", "")] = scaled = ScaledLinear(module)
+                replace(self.base, name, scaled)
+        if not (self.adapters or self.scaled):
+            raise ApiqError(
+                "the model has neither adapters nor scales that can be trained: "
+                + ("its scales are stored in 8 bits." if scales else "set refine.lr_scales, as in 0.001.")
+            )
+
+    def groups(self, params: RefineParams) -> list[Group]:
+        """Adapters and scales with their learning rates."""
+        factors = [scaled.factor for scaled in self.scaled.values()]
+        adapters = Group(self.adapters, params.lr_adapter, params.weight_decay)
+        return [adapters, Group(factors, params.lr_scales, 0.0)]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the inputs of the blocks for the backward pass. Dropout, which comes with it, is turned off."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+        self.base.activation_checkpointing_enable(
+            {  # pyright: ignore[reportCallIssue]
+                "use_reentrant": False
+            }
+        )
+
+    @torch.no_grad()
+    def scales(self) -> dict[str, Tensor]:
+        """The trained scales (out, G) as they are stored, by the name of their linear in the model."""
+        return {name: scaled.settled().scales for name, scaled in self.scaled.items()}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapters under the names that PEFT saves them by; empty where there are none."""
+        if not isinstance(self.model, peft.PeftModel):
+            return {}
+        return peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)

@@ -1,0 +1,135 @@
+"""Refinement lowers the divergence, leaves the codes alone, goes on where it was stopped, refuses a wrong model."""
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apiq.checkpoint import manifest
+from apiq.checkpoint.loading import load
+from apiq.checkpoint.original import find
+from apiq.errors import ApiqError
+from apiq.params import RefineParams
+from apiq.refinement.generation import generated
+from apiq.refinement.run import refine
+
+
+class Stopped(Exception):
+    pass
+
+
+def settings(**values):
+    return RefineParams(**{"epochs": 6, "generated": 4, "prompt": 3, "batch_size": 2, "lr_adapter": 0.01, **values})
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"top_k": 8, "lr_scales": 0.01, "activation_checkpointing": True},
+        {"generated": 0, "lr_scales": 0.01},
+    ],
+)
+def test_the_divergence_falls_and_what_was_trained_is_what_is_read(make, original, windows, tmp_path, work, values):
+    out = tmp_path / "refined"
+    found = refine(make(), original, windows, settings(**values), out)
+    assert found["loss_last"] < 0.9 * found["loss_first"]
+    with torch.no_grad():
+        full = load(original).model(input_ids=windows).logits.log_softmax(-1)
+        own = load(out).model(input_ids=windows).logits.log_softmax(-1)
+    if "top_k" not in values:
+        assert float((full.exp() * (full - own)).sum(-1).mean()) == pytest.approx(found["loss_last"], rel=1e-4)
+    assert not list(work.iterdir())
+    rows = list(csv.DictReader((out / "refine.csv").open()))
+    assert 1 <= len(rows) <= 6
+    assert json.loads((out / "metrics.json").read_text())["refine"]["loss_last"] == found["loss_last"]
+
+
+@pytest.mark.parametrize(
+    "values", [{"method": "rtn"}, {"adapter": "dora"}, {"method": "qlora", "bits": 4}, {"symmetric": True}]
+)
+def test_codes_and_zero_points_stay_and_the_rest_is_trained(make, original, windows, tmp_path, work, values):
+    folder, out = make(**values), tmp_path / "refined"
+    found = refine(folder, original, windows, settings(lr_scales=0.01), out)
+    assert found["loss_last"] < found["loss_first"]
+    before, after = ({**load_file(each / "block-000.safetensors")} for each in (folder, out))
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == (set() if values.get("method") == "qlora" else {"scales"})
+    assert {name: value.dtype for name, value in before.items()} == {name: value.dtype for name, value in after.items()}
+
+
+def test_stopped_and_taken_up_it_ends_in_the_same_bytes(make, original, windows, tmp_path, work):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    refine(make(), original, windows, settings(), whole)
+
+    def stop(step):
+        if step.loss is not None and step.done > 30:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        refine(make(), original, windows, settings(), stopped, stop)
+    assert not stopped.exists() and len(list(work.iterdir())) == 1
+    steps = []
+    refine(make(), original, windows, settings(), stopped, steps.append)
+    assert min(step.done for step in steps if "window" in step.detail and step.total == 60) > 20
+    assert content(stopped) == content(whole)
+
+
+def test_damaged_work_is_refused_with_what_to_do(make, original, windows, tmp_path, work):
+    def stop(step):
+        if step.loss is not None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        refine(make(), original, windows, settings(), tmp_path / "out", stop)
+    (path,) = work.glob("*/descent.pt")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ApiqError, match="delete it and start again"):
+        refine(make(), original, windows, settings(), tmp_path / "out")
+
+
+def test_another_model_than_the_one_that_was_quantized_is_refused(make, original, windows, tmp_path, work):
+    other = tmp_path / "other"
+    model = load(original).model
+    model.model.norm.weight.data.mul_(1.1)
+    model.save_pretrained(other)
+    with pytest.raises(ApiqError, match="is not the model that"):
+        refine(make(), other, windows, settings(), tmp_path / "out")
+
+
+def test_the_original_is_found_where_it_was_until_it_is_gone(make, original, monkeypatch, tmp_path):
+    folder = make()
+    facts = manifest.read(folder)
+    assert find(folder, facts) == original
+    monkeypatch.setenv("APIQ_CACHE", str(tmp_path))
+    with pytest.raises(ApiqError, match="--model"):
+        find(folder, facts)
+
+
+def test_windows_that_are_too_long_are_refused(make, original, tmp_path, work):
+    with pytest.raises(ApiqError, match="context"):
+        refine(make(), original, torch.zeros(2, 40, dtype=torch.int64), settings(), tmp_path / "out")
+
+
+def test_a_model_with_nothing_to_train_is_refused(make, original, windows, tmp_path, work):
+    folder = make(method="qlora", bits=4, adapter="none")
+    with pytest.raises(ApiqError, match="neither adapters nor scales"):
+        refine(folder, original, windows, settings(lr_scales=0.01, generated=0), tmp_path / "out")
+    with pytest.raises(ApiqError, match="lr_scales"):
+        refine(make(method="rtn"), original, windows, settings(generated=0), tmp_path / "out")
+
+
+def test_generated_windows_go_on_from_pieces_of_the_given_ones_and_are_the_same_every_time(make, windows):
+    model = load(make()).model
+    first, second = (generated(model, windows, 5, 3, seed, lambda step: None) for seed in (0, 0))
+    assert torch.equal(first, second) and first.shape == (5, 16)
+    pieces = {tuple(row[i : i + 3].tolist()) for row in windows for i in range(14)}
+    assert all(tuple(row[:3].tolist()) in pieces for row in first)
+    assert not torch.equal(first, generated(model, windows, 5, 3, 1, lambda step: None))
+    assert len({tuple(row.tolist()) for row in first}) == 5
