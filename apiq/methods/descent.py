@@ -125,6 +125,8 @@ class _Descent:
     def run(self, report: Callable[[int, float], None], keeper: Keeper | None) -> Trace:
         aside = self.trained < self.objective.windows
         trace, best = self._resumed(keeper) or (Trace(), self.optimizer.values() if aside else [])
+        if trace.losses:
+            report(len(trace.losses), trace.losses[-1])
         if aside and not trace.held_out:
             trace.held_out.append(self._held_out())
         for epoch in range(len(trace.losses), self.params.epochs):
