@@ -21,24 +21,24 @@ def read(folder):
     weights = {}
     for name, shape in index["metadata"]["shapes"].items():
         with safe_open(folder / index["weight_map"][f"{name}.codes"], framework="np") as file:
-            weights[name] = dequantized(
-                lambda part, file=file, name=name: file.get_tensor(f"{name}.{part}"), config, shape
-            )
+            own = [key for key in file.keys() if key.startswith(f"{name}.") and not key.endswith(".bias")]  # noqa: SIM118
+            tensors = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in own}
+        weights[name] = dequantized(tensors, config, shape)
     return weights
 
 
-def dequantized(part, config, shape):
+def dequantized(tensors, config, shape):
     b, columns = config["bits"], shape[1]
     width = min(config["group_size"], columns) or columns
     group = np.arange(columns) // width
-    codes, s = unpacked(part("codes"), b, columns), part("scales")
+    codes, s = unpacked(tensors["codes"], b, columns), tensors["scales"]
     if config.get("double_quantization"):
-        spread = np.repeat(part("scale_ranges"), 256)[: s.size].reshape(s.shape)
-        s = scale_levels()[s] * spread + part("scale_mean")
+        spread = np.repeat(tensors["scale_ranges"], 256)[: s.size].reshape(s.shape)
+        s = scale_levels()[s] * spread + tensors["scale_mean"]
     s = s.astype(np.float32)[:, group]
     if config.get("levels") == "normal-float":
         return s * normal_float_levels(b)[codes]
-    z = 2 ** (b - 1) if config["symmetric"] else unpacked(part("zeros"), b, group[-1] + 1)[:, group]
+    z = 2 ** (b - 1) if config["symmetric"] else unpacked(tensors["zeros"], b, group[-1] + 1)[:, group]
     return s * (codes - z).astype(np.float32)
 
 
@@ -48,10 +48,8 @@ def unpacked(words, b, count):
 
 
 def normal_float_levels(b):
-    above, below = (
-        [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, n + 1)[:-1]]
-        for n in (2 ** (b - 1), 2 ** (b - 1) - 1)
-    )
+    n, quantile = 2 ** (b - 1), NormalDist().inv_cdf
+    above, below = ([quantile(p) for p in np.linspace(0.9677083, 0.5, k + 1)[:-1]] for k in (n, n - 1))
     levels = np.sort([*above, 0.0, *(-level for level in below)])
     return (levels / levels.max()).astype(np.float32)
 
