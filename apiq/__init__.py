@@ -17,13 +17,14 @@ from apiq.errors import ApiqError
 if TYPE_CHECKING:
     from apiq.checkpoint.loading import load
     from apiq.evaluation.run import evaluate
+    from apiq.exports.merge import merge
     from apiq.exports.run import export
     from apiq.finetuning.run import finetune
     from apiq.quantization import quantize
     from apiq.reporting.page import report
 
 __version__ = "0.1.0"
-__all__ = ["ApiqError", "evaluate", "export", "finetune", "load", "quantize", "report"]
+__all__ = ["ApiqError", "evaluate", "export", "finetune", "load", "merge", "quantize", "report"]
 
 _CALLS = {
     "quantize": "apiq.quantization",
@@ -31,6 +32,7 @@ _CALLS = {
     "evaluate": "apiq.evaluation.run",
     "export": "apiq.exports.run",
     "report": "apiq.reporting.page",
+    "merge": "apiq.exports.merge",
     "load": "apiq.checkpoint.loading",
 }
 

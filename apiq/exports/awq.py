@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apiq.errors import ApiqError
 from apiq.exports.rules import common_group_size, require_bits, require_uniform, require_whole_words
-from apiq.exports.shards import write_folder
+from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.grids.packing import pack
 
@@ -36,7 +36,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
 
 def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
-    write_folder(source, folder, lambda linear: tensors(linear), dtype, quantization_config(source))
+    write_folder(source, folder, each(tensors), dtype, quantization_config(source))
 
 
 def tensors(linear: Linear) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apiq.errors import ApiqError
 from apiq.exports.rules import common_group_size, require_uniform
-from apiq.exports.shards import write_folder
+from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.grids.packing import pack
 
@@ -39,7 +39,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
 
 def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder."""
-    write_folder(source, folder, lambda linear: tensors(linear, dtype), dtype, quantization_config(source))
+    write_folder(source, folder, each(lambda linear: tensors(linear, dtype)), dtype, quantization_config(source))
 
 
 def tensors(linear: Linear, dtype: torch.dtype) -> dict[str, Tensor]:

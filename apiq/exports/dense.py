@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from apiq.exports.shards import cast, write_folder
+from apiq.exports.shards import cast, each, write_folder
 from apiq.exports.source import Source
 
 
@@ -26,5 +26,8 @@ def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
         ApiqError: a number is too large for `dtype`.
     """
     write_folder(
-        source, folder, lambda linear: {f"{linear.name}.weight": cast(linear.dequantized(), dtype, linear.name)}, dtype
+        source,
+        folder,
+        each(lambda linear: {f"{linear.name}.weight": cast(linear.dequantized(), dtype, linear.name)}),
+        dtype,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apiq.errors import ApiqError
 from apiq.exports.rules import common_group_size, require_bits, require_uniform, require_whole_words
-from apiq.exports.shards import write_folder
+from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.files import write_json
 from apiq.grids.packing import pack
@@ -66,7 +66,7 @@ def write_v2(source: Source, folder: Path, dtype: torch.dtype) -> None:
 
 def _write(source: Source, folder: Path, dtype: torch.dtype, layout: str, less: int) -> None:
     config = quantization_config(source, layout)
-    write_folder(source, folder, lambda linear: tensors(linear, less), dtype, config)
+    write_folder(source, folder, each(lambda linear: tensors(linear, less)), dtype, config)
     write_json(folder / "quantize_config.json", config)
 
 

@@ -26,6 +26,7 @@ class Merger:
 
         self.folder = adapter
         self.config = peft.PeftConfig.from_pretrained(str(adapter))
+        self.config.task_type = None  # it acts on linears here, whatever the model is for
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -33,18 +34,16 @@ class Merger:
         return load_file(self.folder / "adapter_model.safetensors")
 
     @torch.no_grad()
-    def merged(self, linear: Linear) -> Tensor:
-        """Q and what the adapter adds to it, (out, in), float32; Q alone where the linear carries no adapter.
+    def merged(self, linears: list[Linear]) -> dict[str, Tensor]:
+        """Weights and biases of the linears of a block with what the adapters change in them, float32, by name.
 
         Raises:
-            ApiqError: the adapter is no change of the weight.
+            ApiqError: the adapters are no change of weights.
         """
-        inside = f"{IN_BLOCK}{linear.name}."
-        own = {key: value for key, value in self.state.items() if key.startswith(inside) or _shared(key)}
-        Q = linear.dequantized()
-        if not any(key.startswith(inside) for key in own):
-            return Q
-        tree = _tree(linear.name, Q)
+        tree = _tree(linears)
+        own = {key: value for key, value in self.state.items() if _shared(key) or _within(key, linears)}
+        if all(_shared(key) for key in own):
+            return tree.state_dict()
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore", UserWarning)  # PEFT speaks of whole models
             adapted = peft.get_peft_model(tree, self.config)
@@ -52,13 +51,12 @@ class Merger:
             if unknown:
                 raise ApiqError(f"PEFT does not know the adapter tensor {unknown[0]} of {self.folder}.")
             try:
-                merged = adapted.merge_and_unload(safe_merge=True)
+                return adapted.merge_and_unload(safe_merge=True).state_dict()
             except (NotImplementedError, AttributeError) as error:
                 raise ApiqError(
                     f"adapters of type {self.config.peft_type} are no change of the weight and cannot be merged "
                     f"({type(error).__name__}); keep them beside the model with apiq export --format dense."
                 ) from None
-        return merged.get_submodule(linear.name).get_parameter("weight").detach()
 
     def refuse_strays(self, source: Source) -> None:
         """Refuse adapters that are not on packed linears, which the merge would lose.
@@ -67,10 +65,9 @@ class Merger:
             ApiqError: there is such a tensor.
         """
         for key in self.state:
-            name = key.removeprefix(IN_BLOCK)
-            if not _shared(key) and not any(name.startswith(f"{linear}.") for linear in source.shapes):
+            if not _shared(key) and not any(key.startswith(f"{IN_BLOCK}{name}.") for name in source.shapes):
                 raise ApiqError(
-                    f"{self.folder} trains {name}, which is no packed linear; it cannot be merged: keep the adapter "
+                    f"{self.folder} trains {key.removeprefix(IN_BLOCK)}, which is no packed linear; it cannot be merged: keep the adapter "
                     "beside the model with apiq export --format dense."
                 )
 
@@ -85,21 +82,31 @@ def write_merged(source: Source, folder: Path, dtype: torch.dtype) -> None:
         raise ApiqError(f"{source.folder} has no adapters to merge; use apiq export --format dense.")
     merger = Merger(source.adapter)
     merger.refuse_strays(source)
-    write_folder(
-        source, folder, lambda linear: {f"{linear.name}.weight": cast(merger.merged(linear), dtype, linear.name)}, dtype
-    )
+
+    def tensors(linears: list[Linear]) -> dict[str, Tensor]:
+        return {name: cast(value, dtype, name) for name, value in merger.merged(linears).items()}
+
+    write_folder(source, folder, tensors, dtype)
 
 
 def _shared(key: str) -> bool:
     return key.startswith(SHARED) and not key.startswith(IN_BLOCK)
 
 
-def _tree(name: str, weight: Tensor) -> nn.Module:
-    """Modules inside each other with one linear at `name`."""
-    *parents, last = name.split(".")
-    root = module = nn.Module()
-    for parent in parents:
-        module.add_module(parent, nn.Module())
-        module = module.get_submodule(parent)
-    module.add_module(last, linear_of(weight))
+def _within(key: str, linears: list[Linear]) -> bool:
+    return any(key.startswith(f"{IN_BLOCK}{linear.name}.") for linear in linears)
+
+
+def _tree(linears: list[Linear]) -> nn.Module:
+    """Modules inside each other with the dequantized linears at their names."""
+    root = nn.Module()
+    for linear in linears:
+        *parents, last = linear.name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        bias = None if linear.bias is None else linear.bias.float()
+        module.add_module(last, linear_of(linear.dequantized(), bias))
     return root

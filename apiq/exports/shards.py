@@ -20,13 +20,13 @@ from apiq.files import read_json, write_json
 OWN = ("apiq.json", "config.json", "metrics.json", "losses.csv", "README.md", INDEX)
 """Files of a quantized folder that mean nothing in an export, or that it has its own of."""
 
-Tensors = Callable[[Linear], Mapping[str, Tensor]]
+Tensors = Callable[[list[Linear]], Mapping[str, Tensor]]
 
 
 def write_folder(
     source: Source, folder: Path, tensors: Tensors, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `source` to `folder` with `tensors` in the place of those of each packed linear.
+    """Write `source` to `folder` with `tensors` in the place of those of the packed linears of each file.
 
     Everything else is cast to `dtype`. `quantization` becomes the quantization_config.
 
@@ -35,9 +35,7 @@ def write_folder(
     """
     places: dict[str, str] = {}
     for file, others, linears in source.files():
-        held = {name: cast(value, dtype, name) for name, value in others.items()}
-        for linear in linears:
-            held.update(tensors(linear))
+        held = {**{name: cast(value, dtype, name) for name, value in others.items()}, **tensors(linears)}
         save_file({name: held[name].contiguous() for name in sorted(held)}, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(held, file)
     total = sum((folder / file).stat().st_size for file in set(places.values()))
@@ -48,6 +46,11 @@ def write_folder(
     for path in source.folder.iterdir():
         if path.is_file() and path.name not in OWN and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
+
+
+def each(tensors: Callable[[Linear], Mapping[str, Tensor]]) -> Tensors:
+    """`tensors` of one linear for all those of a file."""
+    return lambda linears: {key: value for linear in linears for key, value in tensors(linear).items()}
 
 
 def write_adapter(source: Source, folder: Path) -> None:

@@ -25,12 +25,18 @@ from apiq.layers.packed import PackedLinear
 
 @dataclass(frozen=True)
 class Linear:
-    """A packed linear taken apart. Its bias is one of the other tensors of its file."""
+    """A packed linear taken apart."""
 
     name: str
     """Name in the model, as in `model.layers.0.mlp.up_proj`."""
     packed: PackedLinear
-    grid: Grid
+    bias: Tensor | None
+    """(out), which is one of the other tensors of the file too."""
+
+    @property
+    def grid(self) -> Grid:
+        """Its grid."""
+        return self.packed.grid
 
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +116,7 @@ class Source:
         packed = PackedLinear(in_features, out_features, self.grid, False, torch.float32)
         for part in dict(packed.named_buffers()):
             setattr(packed, part, held.pop(f"{name}.{part}"))
-        return Linear(name, packed, self.grid)
+        return Linear(name, packed, held.get(f"{name}.bias"))
 
 
 def open_source(folder: str | Path) -> Source:
