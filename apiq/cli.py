@@ -6,24 +6,18 @@ Every command refuses or fails with one sentence on stderr and status 1, wrong u
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from apiq import cli_planning
-from apiq.cli_options import Json, Set, field, parameters, unescape
+from apiq import cli_exports, cli_planning
+from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
+from apiq.cli_output import show, working
 from apiq.errors import ApiqError
-from apiq.params import CalibrationParams, FinetuneParams, Params, QuantizeParams
-from apiq.progress import silent
+from apiq.params import CalibrationParams, FinetuneParams, QuantizeParams
 
 app = typer.Typer(
     help="Quantize a language model to a few bits with adapters that undo the damage (ApiQ, arXiv 2402.05147), "
@@ -83,14 +77,14 @@ def quantize(
                         "seed": seed},
     }  # fmt: skip
     params = parameters(given, settings)
-    with _working("quantize") as progress:
+    with working("quantize") as progress:
         folder = locate(model)
         needed = params.quantize.calibrated or calibration is not None
-        tokens = _calibration_windows(folder, params) if needed else None
+        tokens = calibration_windows(folder, params) if needed else None
         import apiq.quantization
 
         result = apiq.quantization.quantize(folder, tokens, params.quantize, out, progress)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -128,7 +122,7 @@ def evaluate(
                      "task_folder": None if task_folder is None else str(task_folder), "device": device},
     }  # fmt: skip
     params = parameters(given, settings).evaluate
-    with _working("evaluate") as progress:
+    with working("evaluate") as progress:
         from apiq.checkpoint.loading import load
         from apiq.evaluation.run import evaluate as measure
 
@@ -136,7 +130,7 @@ def evaluate(
         result = measure(loaded.model, loaded.tokenizer, params, progress)
     if text is not None:
         result = {**result, "perplexity": result["perplexity"]["text"]}
-    _show({"kind": loaded.kind, "model": model, **result}, as_json)
+    show({"kind": loaded.kind, "model": model, **result}, as_json)
 
 
 @app.command()
@@ -169,11 +163,11 @@ def finetune(
                      "device": device},
     }  # fmt: skip
     params = parameters(given, settings)
-    with _working("finetune") as progress:
+    with working("finetune") as progress:
         from apiq.finetuning.run import finetune as train
 
         result = train(folder, params.finetune, out, progress)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
@@ -190,11 +184,11 @@ def report(
 ) -> None:
     """Write the report page of a pipeline run: one HTML file that works offline, figures, tables."""
     params = parameters({}, settings).report
-    with _working("report"):
+    with working("report"):
         from apiq.reporting.page import report as write
 
         page = write(data, out or data / "report", title=params.title, histogram_block=params.histogram_block)
-    _show({"report": str(page)}, as_json)
+    show({"report": str(page)}, as_json)
 
 
 @app.command()
@@ -209,60 +203,21 @@ def profile(
 
     [bold]Example:[/bold] apiq profile llama2-7b-2bit
     """
-    with _working("profile"):
+    with working("profile"):
         from apiq import profiles
 
         if name is None:
             result: dict[str, Any] = {"profiles": profiles.known_profiles(params)}
         else:
             result = {"profile": name, "parameters": profiles.lay(name, params).model_dump(mode="json")}
-    _show(result, as_json)
+    show(result, as_json)
 
 
+app.command()(cli_exports.export)
+app.command()(cli_exports.merge)
+app.command()(cli_exports.push)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.doctor)
-
-
-def _calibration_windows(folder: Path, params: Params) -> Any:
-    import torch
-
-    from apiq.calibration.corpora import load_corpus
-    from apiq.calibration.windows import sample_windows, tokenize
-    from apiq.checkpoint.loading import read_tokenizer
-
-    chosen = params.calibration
-    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
-    tokens = tokenize(corpus.text, read_tokenizer(folder))
-    return sample_windows(tokens, chosen.windows, chosen.length, torch.Generator().manual_seed(chosen.seed))
-
-
-@contextlib.contextmanager
-def _working(phase: str) -> Iterator[Any]:
-    """Progress on stderr; whatever a library prints goes there too."""
-    from apiq.terminal import progress_bar
-
-    with contextlib.redirect_stdout(sys.stderr), progress_bar(phase) as progress:
-        yield progress if _leads() else silent
-
-
-def _leads() -> bool:
-    """Whether this is the one of several processes that torchrun started which speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _show(result: Mapping[str, Any], as_json: bool) -> None:
-    if not _leads():
-        return
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in result.items():
-        if not isinstance(value, Mapping | list):
-            table.add_row(key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
-        elif value:
-            table.add_row(key.replace("_", " "), json.dumps(value, indent=1))
-    Console().print(table)
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from apiq.blocks.unfuse import unfuse
 from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
+from apiq.checkpoint.card import card
 from apiq.checkpoint.grid_config import described
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
 from apiq.checkpoint.writing import write_adapter, write_index, write_rest
 from apiq.device import pick_device, solver_dtype
 from apiq.errors import ApiqError
-from apiq.files import new_folder, read_json, sha256, write_json
+from apiq.files import new_folder, read_json, sha256, write_json, write_text
 from apiq.meter import Meter
 from apiq.methods import build
 from apiq.methods.grid import grid_of
@@ -81,8 +82,8 @@ def quantize(
         if parallel.rank() == 0:
             with new_folder(out) as folder:
                 _write(folder, original, store, union, spelled, method.adapted)
-                facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
-                manifest.write(folder, "quantized", **facts)
+                manifest.write(folder, "quantized", **_facts(params, windows, identity))
+                write_text(folder / "README.md", card(folder))
             shutil.rmtree(work)
         parallel.wait()
     metrics, cost = read_json(Path(out) / "metrics.json"), meter.reading()
@@ -140,6 +141,13 @@ def _check_fit(original: FullPrecision, windows: Tensor | None) -> None:
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
     """The parameters on which the result depends."""
     return params.model_dump(mode="json", exclude={"activations"})
+
+
+def _facts(params: QuantizeParams, windows: Tensor | None, identity: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the run."""
+    seen = None if windows is None else {"windows": len(windows), "length": windows.shape[1]}
+    made = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
+    return made | {"calibration": seen if params.calibrated else None}
 
 
 def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:

@@ -66,8 +66,9 @@ class Merger:
         """
         for key in self.state:
             if not _shared(key) and not any(key.startswith(f"{IN_BLOCK}{name}.") for name in source.shapes):
+                name = key.removeprefix(IN_BLOCK)
                 raise ApiqError(
-                    f"{self.folder} trains {key.removeprefix(IN_BLOCK)}, which is no packed linear; it cannot be merged: keep the adapter "
+                    f"{self.folder} trains {name}, which is no packed linear and cannot be merged; keep the adapter "
                     "beside the model with apiq export --format dense."
                 )
 

@@ -132,7 +132,9 @@ def open_source(folder: str | Path) -> Source:
     base = folder
     if facts["kind"] == "finetuned":
         base = (folder / facts["base"]).resolve()
-        if manifest.verify(base)["kind"] != "quantized":
-            raise ApiqError(f"{base}, the base of {folder}, is not a quantized folder.")
+    if base != folder:
+        manifest.verify(base)
+    if (kind := (manifest.read(base) or facts)["kind"]) != "quantized":
+        raise ApiqError(f"{base} is a folder of kind {kind}; a quantized or a finetuned one is needed here.")
     adapter = folder / "adapter"
     return Source(base, adapter if adapter.is_dir() else None)
