@@ -8,8 +8,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from apiq.checkpoint import manifest
-from apiq.errors import ApiqError
 from apiq.checkpoint.card import card
+from apiq.errors import ApiqError
 from apiq.files import read_json, write_text
 
 

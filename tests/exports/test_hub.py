@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import constants
 
 import apiq
+from apiq.checkpoint.card import card
 from apiq.checkpoint.loading import load
 from apiq.errors import ApiqError
-from apiq.checkpoint.card import card
 from apiq.exports.hub import push_to_hub
 from apiq.files import sha256_folder
 from tests.exports.hub_stand_in import Hub
