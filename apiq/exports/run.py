@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from apiq.errors import ApiqError
-from apiq.exports import awq, compressed_tensors, dense, gptq
+from apiq.exports import awq, compressed_tensors, dense, gguf_file, gptq
 from apiq.exports.shards import write_adapter
 from apiq.exports.source import Source, open_source
 from apiq.files import new_folder
@@ -45,6 +45,7 @@ FORMATS = {
     "gptq-v2": Format(gptq.check_v2, gptq.write_v2, _half),
     "gptq": Format(gptq.check_v1, gptq.write_v1, _half),
     "awq": Format(awq.check, awq.write, _half),
+    "gguf": Format(gguf_file.check, gguf_file.write, _own),
     "dense": Format(dense.check, dense.write, _own),
 }
 

@@ -39,17 +39,17 @@ def windows():
 
 @pytest.fixture(scope="session")
 def checkpoint(original, windows, tmp_path_factory):
-    """The folder of the tiny model quantized with the given parameters; the same ones give the same folder."""
+    """The folder of the tiny model, or another, quantized with the given parameters; the same ones give the same."""
     made = {}
 
-    def make(**values):
-        key = repr(sorted(values.items()))
+    def make(model=original, **values):
+        key = str(model) + repr(sorted(values.items()))
         if key not in made:
             home = tmp_path_factory.mktemp("checkpoint")
             params = QuantizeParams(**{"method": "rtn", "bits": 4, "group_size": 32, "rank": 4, "epochs": 1, **values})
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("APIQ_WORK", str(home / "work"))
-                quantize(original, windows if params.calibrated else None, params, home / "quantized")
+                quantize(model, windows if params.calibrated else None, params, home / "quantized")
             made[key] = home / "quantized"
         return made[key]
 
