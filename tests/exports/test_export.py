@@ -98,3 +98,9 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ApiqError, match="is damaged"):
         apiq.export(folder, tmp_path / "out", "dense")
+
+
+def test_the_format_of_another_library_is_left_to_it(checkpoint, tmp_path):
+    apiq.export(checkpoint(bits=3), tmp_path / "out", "compressed-tensors")
+    with pytest.raises(ApiqError, match="in the format of compressed-tensors; .* load it with that library"):
+        load(tmp_path / "out", device="cpu")
