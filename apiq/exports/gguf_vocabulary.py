@@ -73,7 +73,7 @@ def _kind(tokenizer: dict[str, Any], folder: Path) -> str:
 
 def _byte_level(tokenizer: dict[str, Any], types: Any) -> tuple[list[str], list[int]]:
     names = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    kinds = dict.fromkeys(names, types.NORMAL)
+    kinds: dict[int, int] = dict.fromkeys(names, types.NORMAL)
     for added in tokenizer.get("added_tokens", []):
         names[added["id"]] = added["content"]
         kinds[added["id"]] = types.CONTROL if added["special"] else types.USER_DEFINED

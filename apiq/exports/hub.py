@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from apiq.checkpoint import manifest
 from apiq.checkpoint.card import card
 from apiq.errors import ApiqError
-from apiq.files import read_json, write_text
+from apiq.files import read_json
 
 
 def push_to_hub(
@@ -22,7 +22,9 @@ def push_to_hub(
     metrics: str | Path | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Upload a quantized folder, a finetuned one or an export as one commit, with the card as its README.md.
+    """Upload a quantized folder, a finetuned one or an export as one commit, with the card as README.md.
+
+    The folder itself stays as it is.
 
     Args:
         folder: what is uploaded; with a manifest, every file is verified first.
@@ -44,11 +46,15 @@ def push_to_hub(
     if manifest.read(folder) is not None:
         manifest.verify(folder)
     text = card(folder, base_model, None if metrics is None else read_json(metrics))
-    write_text(folder / "README.md", text)
+    files: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    files["README.md"] = text.encode()
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
     api = HfApi(endpoint=endpoint, library_name="apiq")
     try:
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload with apiq").commit_url)
+        return str(api.create_commit(name, added, commit_message="Upload with apiq").commit_url)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         raise ApiqError(

@@ -65,7 +65,7 @@ class Source:
     def model_config(self) -> PretrainedConfig:
         """The configuration of the model without that of its quantization."""
         config = AutoConfig.from_pretrained(self.folder)
-        del config.quantization_config
+        delattr(config, "quantization_config")
         return config
 
     @cached_property

@@ -102,5 +102,5 @@ def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path):
 
 def test_the_format_of_another_library_is_left_to_it(checkpoint, tmp_path):
     apiq.export(checkpoint(bits=3), tmp_path / "out", "compressed-tensors")
-    with pytest.raises(ApiqError, match="in the format of compressed-tensors; .* load it with that library"):
+    with pytest.raises(ApiqError, match=r"in the format of compressed-tensors; .* load it with that library"):
         load(tmp_path / "out", device="cpu")
