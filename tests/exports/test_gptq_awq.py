@@ -68,6 +68,7 @@ def test_awq_unpacked_by_hand_is_ours(exported, format, bits, symmetric):
         assert torch.equal(tensors[f"{name}.scales"].t().float(), s)
 
 
+@pytest.mark.slow  # half a minute to import gptqmodel and load nine models with it
 @pytest.mark.parametrize(("format", "bits", "symmetric"), [*GPTQ, *AWQ])
 def test_gptqmodel_loads_it_as_our_model(exported, agree, monkeypatch, format, bits, symmetric):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -16,7 +16,6 @@ from apiq.files import read_json, write_json
 from apiq.layers.packed import PackedLinear
 
 ADAPTERS = [
-    {"adapter": "lora"},
     {"adapter": "rslora", "adapter_targets": ["q_proj", "v_proj"]},
     {"adapter": "dora"},
     {"adapter": "vera"},
