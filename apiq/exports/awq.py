@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apiq.errors import ApiqError
-from apiq.exports.rules import common_group_size, require_bits, require_uniform, require_whole_words
+from apiq.exports.rules import common_group_size, one_grid, require_bits, require_uniform, require_whole_words
 from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.grids.packing import pack
@@ -26,8 +26,8 @@ def check(source: Source, dtype: torch.dtype) -> None:
         ApiqError: what the layout does not hold.
     """
     require_uniform(source, NAME)
-    require_bits(source, NAME, (4,))
-    common_group_size(source, NAME)
+    require_bits(one_grid(source, NAME), NAME, (4,))
+    common_group_size(source, NAME, one_grid(source, NAME))
     require_whole_words(source, NAME, inputs=1, outputs=8)
     source.unpacked_linears()
     if dtype != torch.float16:
@@ -52,7 +52,7 @@ def quantization_config(source: Source) -> dict[str, Any]:
         "quant_method": "awq",
         "version": "gemm",
         "bits": 4,
-        "group_size": common_group_size(source, NAME),
+        "group_size": common_group_size(source, NAME, one_grid(source, NAME)),
         "zero_point": True,
         "modules_to_not_convert": source.unpacked_linears(),
     }

@@ -16,9 +16,12 @@ from apiq.errors import ApiqError
 from apiq.exports.rules import common_group_size, require_uniform
 from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
+from apiq.grids.affine import Grid
 from apiq.grids.packing import pack
 
 NAME = "compressed-tensors"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears of one module that engines compute as one."""
 
 
 def check(source: Source, dtype: torch.dtype) -> None:
@@ -28,7 +31,9 @@ def check(source: Source, dtype: torch.dtype) -> None:
         ApiqError: the grid or the group size is none that the format holds, or `dtype` does not hold the scales.
     """
     require_uniform(source, NAME)
-    common_group_size(source, NAME)
+    for grid in set(source.grids.values()):
+        common_group_size(source, NAME, grid)
+    _require_fusable(source)
     source.unpacked_linears()
     if dtype == torch.bfloat16:
         raise ApiqError(
@@ -57,15 +62,34 @@ def tensors(linear: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def quantization_config(source: Source) -> dict[str, Any]:
     """The entry of config.json."""
-    grid, group_size = source.grid, common_group_size(source, NAME)
-    weights = {
-        "num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False,
-        **({"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}),
-    }  # fmt: skip
+    grids = list(dict.fromkeys(source.grids.values()))
+    groups = {}
+    for number, grid in enumerate(grids):
+        named = [name for name, own in source.grids.items() if own == grid]
+        targets = ["Linear"] if len(grids) == 1 else named
+        groups[f"group_{number}"] = {"targets": targets, "weights": _weights(source, grid)}
     return {
         "quant_method": NAME,
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": source.unpacked_linears(),
     }
+
+
+def _weights(source: Source, grid: Grid) -> dict[str, Any]:
+    size = common_group_size(source, NAME, grid)
+    strategy = {"strategy": "channel"} if size == -1 else {"strategy": "group", "group_size": size}
+    return {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False, **strategy}
+
+
+def _require_fusable(source: Source) -> None:
+    """Refuse different grids in linears that engines fuse to one."""
+    for name, grid in source.grids.items():
+        parent, _, last = name.rpartition(".")
+        for other in next((fused for fused in FUSED if last in fused), ()):
+            if source.grids.get(f"{parent}.{other}", grid) != grid:
+                raise ApiqError(
+                    f"engines fuse {name} with {parent}.{other}, and the two have different grids; quantize with "
+                    "one grid for both, or export with --format dense."
+                )

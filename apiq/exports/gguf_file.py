@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,17 @@ def check(source: Source, dtype: torch.dtype) -> None:
             "--format gguf needs the package gguf, which is not installed; run pip install 'apiq[exports]'."
         )
     require_uniform(source, "GGUF")
-    if fitting(source.grid) is None:
-        raise ApiqError(
-            f"no type of GGUF holds the codes of {source.grid.bits} bits less their zero points exactly; quantize with "
-            "quantize.symmetric: true, or with quantize.bits of 7 or less."
-        )
     for name, (_, in_features) in source.shapes.items():
-        if in_features % BLOCK or source.grid.width(in_features) % BLOCK:
+        grid = source.grids[name]
+        if fitting(grid) is None:
+            raise ApiqError(
+                f"no type of GGUF holds the codes of {grid.bits} bits less their zero points exactly; quantize with "
+                "quantize.symmetric: true, or with quantize.bits of 7 or less."
+            )
+        if in_features % BLOCK or grid.width(in_features) % BLOCK:
             raise ApiqError(
                 f"the blocks of GGUF have 32 inputs: {name} has {in_features} inputs and groups of "
-                f"{source.grid.width(in_features)}; quantize with a quantize.group_size that is a multiple of 32."
+                f"{grid.width(in_features)}; quantize with a quantize.group_size that is a multiple of 32."
             )
     _check_model(source)
     check_vocabulary(source.folder)
@@ -64,7 +66,8 @@ def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
     architecture = _architecture(source)
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     _add_metadata(writer, config)
-    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{fitting(source.grid)}"))
+    usual = Counter(map(fitting, source.grids.values())).most_common(1)[0][0]
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{usual}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, source.folder, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apiq.errors import ApiqError
-from apiq.exports.rules import common_group_size, require_bits, require_uniform, require_whole_words
+from apiq.exports.rules import common_group_size, one_grid, require_bits, require_uniform, require_whole_words
 from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.files import write_json
@@ -26,8 +26,8 @@ def check_v1(source: Source, dtype: torch.dtype) -> None:
     Raises:
         ApiqError: what the layout or its engines do not hold.
     """
-    require_bits(source, "GPTQ v1", (4, 8))
-    if not source.grid.symmetric:
+    require_bits(one_grid(source, "GPTQ v1"), "GPTQ v1", (4, 8))
+    if not one_grid(source, "GPTQ v1").symmetric:
         raise ApiqError(
             "GPTQ v1 stores zero points less 1 and has none for 0; export with --format gptq-v2, or quantize with "
             "quantize.symmetric: true."
@@ -41,13 +41,13 @@ def check_v2(source: Source, dtype: torch.dtype) -> None:
     Raises:
         ApiqError: what the layout does not hold.
     """
-    require_bits(source, "GPTQ v2", (2, 3, 4, 8))
+    require_bits(one_grid(source, "GPTQ v2"), "GPTQ v2", (2, 3, 4, 8))
     _check(source, "GPTQ v2", dtype)
 
 
 def _check(source: Source, name: str, dtype: torch.dtype) -> None:
     require_uniform(source, name)
-    common_group_size(source, name)
+    common_group_size(source, name, one_grid(source, name))
     require_whole_words(source, name, inputs=32, outputs=32)
     source.unpacked_linears()
     if dtype != torch.float16:
@@ -85,12 +85,13 @@ def tensors(linear: Linear, less: int) -> dict[str, Tensor]:
 
 def quantization_config(source: Source, layout: str) -> dict[str, Any]:
     """The entry of config.json, which is quantize_config.json too."""
+    grid = one_grid(source, "GPTQ")
     return {
         "quant_method": "gptq",
         "checkpoint_format": layout,
-        "bits": source.grid.bits,
-        "group_size": common_group_size(source, "GPTQ"),
-        "sym": source.grid.symmetric,
+        "bits": grid.bits,
+        "group_size": common_group_size(source, "GPTQ", grid),
+        "sym": grid.symmetric,
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",

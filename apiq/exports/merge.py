@@ -11,7 +11,7 @@ from torch import Tensor
 from apiq.checkpoint import manifest
 from apiq.errors import ApiqError
 from apiq.exports.merging import write_merged
-from apiq.exports.rules import require_uniform
+from apiq.exports.rules import one_grid, require_uniform
 from apiq.exports.run import precision_of, summary
 from apiq.exports.source import Source, open_source
 from apiq.files import new_folder
@@ -19,9 +19,6 @@ from apiq.method_params import WITHOUT_ADAPTERS
 from apiq.params import QuantizeParams, parse
 from apiq.progress import Progress, silent
 from apiq.work import alone, work_folder
-
-KEPT = ("bits", "group_size", "symmetric")
-"""Parameters of the grid, which a merged model has from the checkpoint."""
 
 
 def merge(folder: str | Path, out: str | Path, dtype: str = "auto") -> dict[str, Any]:
@@ -94,8 +91,9 @@ def _params(source: Source, method: str) -> QuantizeParams:
     if method not in WITHOUT_ADAPTERS:
         raise ApiqError(f"method is {method!r}; to quantize a merged model again it should be {_names()}.")
     require_uniform(source, f"method {method}")
-    grid = {key: source.config["quantization_config"][key] for key in KEPT}
-    return parse({"quantize": {"method": method, **grid}}).quantize
+    grid = one_grid(source, f"method {method}")
+    kept = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
+    return parse({"quantize": {"method": method, **kept}}).quantize
 
 
 def _names() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from apiq.errors import ApiqError
 from apiq.exports.source import Source
+from apiq.grids.affine import Grid
 from apiq.grids.normal_float import NormalFloat
 
 
@@ -11,36 +12,48 @@ def require_uniform(source: Source, format: str) -> None:
     """Refuse levels that are not evenly spaced.
 
     Raises:
-        ApiqError: the levels are those of NormalFloat.
+        ApiqError: the levels of a linear are those of NormalFloat.
     """
-    if isinstance(source.grid, NormalFloat):
+    if any(isinstance(grid, NormalFloat) for grid in source.grids.values()):
         raise ApiqError(
             f"{format} has no NormalFloat levels; quantize with a method of uniform levels (apiq-bw, or loftq with "
             "loftq.levels: uniform), or export with --format dense."
         )
 
 
-def require_bits(source: Source, format: str, allowed: tuple[int, ...]) -> None:
+def one_grid(source: Source, format: str) -> Grid:
+    """The grid that all linears share.
+
+    Raises:
+        ApiqError: there are several.
+    """
+    found = {grid: name for name, grid in source.grids.items()}
+    if len(found) > 1:
+        raise ApiqError(
+            f"{format} has one grid for all linears, {' and '.join(list(found.values())[:2])} have different ones; "
+            "quantize with one grid, or export with --format compressed-tensors or dense."
+        )
+    return next(iter(found))
+
+
+def require_bits(grid: Grid, format: str, allowed: tuple[int, ...]) -> None:
     """Refuse widths that the format does not know.
 
     Raises:
         ApiqError: quantize.bits is not among `allowed`.
     """
-    if source.grid.bits not in allowed:
+    if grid.bits not in allowed:
         names = ", ".join(map(str, allowed))
-        raise ApiqError(
-            f"{format} holds {names} bits, the model has {source.grid.bits}; quantize with such quantize.bits."
-        )
+        raise ApiqError(f"{format} holds {names} bits, the model has {grid.bits}; quantize with such quantize.bits.")
 
 
-def common_group_size(source: Source, format: str) -> int:
-    """The group size for the configuration of the format: -1 for one group a row in every linear.
+def common_group_size(source: Source, format: str, grid: Grid) -> int:
+    """The group size for the configuration of the format: -1 for one group a row in every linear of `grid`.
 
     Raises:
         ApiqError: the last group of a row is shorter somewhere, or a row is one group in some linears only.
     """
-    grid = source.grid
-    widths = {name: shape[1] for name, shape in source.shapes.items()}
+    widths = {name: shape[1] for name, shape in source.shapes.items() if source.grids[name] == grid}
     if all(grid.groups(width) == 1 for width in widths.values()):
         return -1
     for name, width in widths.items():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from apiq.blocks.stream import skeleton
 from apiq.checkpoint import manifest
-from apiq.checkpoint.grid_config import grid_of
+from apiq.checkpoint.grid_config import grid_for
 from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
@@ -69,9 +69,10 @@ class Source:
         return config
 
     @cached_property
-    def grid(self) -> Grid:
-        """The grid of the linears."""
-        return grid_of(self.config["quantization_config"])
+    def grids(self) -> dict[str, Grid]:
+        """The grid of each packed linear by name."""
+        config = self.config["quantization_config"]
+        return {name: grid_for(config, name.removeprefix(f"{config['blocks']}.")) for name in self.shapes}
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class Source:
 
     def _linear(self, name: str, held: dict[str, Tensor]) -> Linear:
         out_features, in_features = self.shapes[name]
-        packed = PackedLinear(in_features, out_features, self.grid, False, torch.float32)
+        packed = PackedLinear(in_features, out_features, self.grids[name], False, torch.float32)
         for part in dict(packed.named_buffers()):
             setattr(packed, part, held.pop(f"{name}.{part}"))
         return Linear(name, packed, held.get(f"{name}.bias"))
