@@ -1,5 +1,7 @@
 """compressed-tensors folders, loaded by transformers with that library, are our model."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,11 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 import apiq
 from apiq.checkpoint.loading import load
 from apiq.checkpoint.reading import linear_names
+from apiq.errors import ApiqError
+from apiq.exports.compressed_tensors import check, quantization_config
+from apiq.exports.gptq import check_v2
+from apiq.exports.source import Source
+from apiq.files import read_json, write_json
 
 pytest.importorskip("compressed_tensors")
 
@@ -52,3 +59,32 @@ def test_the_library_unpacks_our_codes_scales_and_zero_points(checkpoint, tmp_pa
         else:
             zeros = unpack_from_int32(tensors[f"{name}.weight_zero_point"], bits, s.shape, packed_dim=0)
             assert torch.equal(zeros.short() + half, z.short())
+
+
+def mixed(checkpoint, tmp_path, name):
+    """A folder whose config.json says that one linear has 2 bits."""
+    folder = shutil.copytree(checkpoint(bits=4), tmp_path / "mixed")
+    config = read_json(folder / "config.json")
+    config["quantization_config"]["exceptions"] = {name: {"bits": 2}}
+    write_json(folder / "config.json", config)
+    return Source(folder, None)
+
+
+def test_each_grid_is_a_group_of_the_configuration(checkpoint, tmp_path):
+    from compressed_tensors.quantization import QuantizationConfig
+
+    written = quantization_config(mixed(checkpoint, tmp_path, "1.mlp.down_proj"))
+    read = QuantizationConfig.model_validate(written)
+    bits = {name: group.weights.num_bits for group in read.config_groups.values() for name in group.targets}
+    assert len(bits) == 14 and bits.pop("model.layers.1.mlp.down_proj") == 2
+    assert set(bits.values()) == {4} and written["ignore"] == ["lm_head"]
+
+
+def test_linears_that_engines_fuse_share_a_grid(checkpoint, tmp_path):
+    with pytest.raises(ApiqError, match=r"fuse \S+\.1\.\S+ with \S+\.1\.self_attn\.[qkv]_proj, .* different grids"):
+        check(mixed(checkpoint, tmp_path, "1.self_attn.k_proj"), torch.float32)
+
+
+def test_gptq_has_one_grid(checkpoint, tmp_path):
+    with pytest.raises(ApiqError, match="one grid for all linears"):
+        check_v2(mixed(checkpoint, tmp_path, "1.mlp.down_proj"), torch.float16)
