@@ -17,18 +17,24 @@ from apiq.errors import ApiqError
 if TYPE_CHECKING:
     from apiq.checkpoint.loading import load
     from apiq.evaluation.run import evaluate
+    from apiq.exports.hub import push_to_hub
+    from apiq.exports.merge import merge
+    from apiq.exports.run import export
     from apiq.finetuning.run import finetune
     from apiq.quantization import quantize
     from apiq.reporting.page import report
 
 __version__ = "0.1.0"
-__all__ = ["ApiqError", "evaluate", "finetune", "load", "quantize", "report"]
+__all__ = ["ApiqError", "evaluate", "export", "finetune", "load", "merge", "push_to_hub", "quantize", "report"]
 
 _CALLS = {
     "quantize": "apiq.quantization",
     "finetune": "apiq.finetuning.run",
     "evaluate": "apiq.evaluation.run",
+    "export": "apiq.exports.run",
     "report": "apiq.reporting.page",
+    "merge": "apiq.exports.merge",
+    "push_to_hub": "apiq.exports.hub",
     "load": "apiq.checkpoint.loading",
 }
 

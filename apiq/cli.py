@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from apiq import cli_planning, cli_refine
-from apiq.cli_options import Json, Set, field, parameters, unescape
-from apiq.cli_output import calibration_windows, show, working
+from apiq import cli_exports, cli_planning, cli_refine
+from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
+from apiq.cli_output import show, working
 from apiq.errors import ApiqError
 from apiq.params import CalibrationParams, FinetuneParams, QuantizeParams
 
@@ -215,6 +215,9 @@ def profile(
 
 
 app.command()(cli_refine.refine)
+app.command()(cli_exports.export)
+app.command()(cli_exports.merge)
+app.command()(cli_exports.push)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.doctor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,3 +56,17 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def unescape(text: str) -> str:
     """`text` with its backslash-n and backslash-t read as newline and tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def calibration_windows(folder: Path, params: Params) -> Any:
+    """Windows (n, length) of the calibration corpus, cut with the tokenizer of the model in `folder`."""
+    import torch
+
+    from apiq.calibration.corpora import load_corpus
+    from apiq.calibration.windows import sample_windows, tokenize
+    from apiq.checkpoint.loading import read_tokenizer
+
+    chosen = params.calibration
+    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
+    tokens = tokenize(corpus.text, read_tokenizer(folder))
+    return sample_windows(tokens, chosen.windows, chosen.length, torch.Generator().manual_seed(chosen.seed))

@@ -1,4 +1,4 @@
-"""What the commands share: windows of text, progress on stderr, results on stdout."""
+"""What the commands print: progress and everything of the libraries on stderr, the result on stdout."""
 
 from __future__ import annotations
 
@@ -7,28 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from apiq.params import Params
 from apiq.progress import silent
-
-
-def calibration_windows(folder: Path, params: Params) -> Any:
-    """Token windows (n, length) as the section calibration asks for, by the tokenizer in `folder`."""
-    import torch
-
-    from apiq.calibration.corpora import load_corpus
-    from apiq.calibration.windows import sample_windows, tokenize
-    from apiq.checkpoint.loading import read_tokenizer
-
-    chosen = params.calibration
-    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
-    tokens = tokenize(corpus.text, read_tokenizer(folder))
-    return sample_windows(tokens, chosen.windows, chosen.length, torch.Generator().manual_seed(chosen.seed))
 
 
 @contextlib.contextmanager
@@ -40,13 +24,8 @@ def working(phase: str) -> Iterator[Any]:
         yield progress if _leads() else silent
 
 
-def _leads() -> bool:
-    """Whether this is the one of several processes that torchrun started which speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def show(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print what a command found on stdout: one JSON object, or a table for people."""
+    """Print a result as one JSON object or as a table; of several processes only the first does."""
     if not _leads():
         return
     if as_json:
@@ -59,3 +38,8 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
         elif value:
             table.add_row(key.replace("_", " "), json.dumps(value, indent=1))
     Console().print(table)
+
+
+def _leads() -> bool:
+    """Whether this is the one of several processes that torchrun started which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

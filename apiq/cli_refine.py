@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from apiq.cli_options import Json, Set, field, parameters
-from apiq.cli_output import calibration_windows, show, working
+from apiq.cli_options import Json, Set, calibration_windows, field, parameters
+from apiq.cli_output import show, working
 from apiq.params import CalibrationParams
 from apiq.refine_params import RefineParams
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,8 +76,8 @@ def write_text(path: str | Path, text: str) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place, and its old content's, when the block succeeds.
 
-    If the block raises, nothing is left of the neighbour and `path` is as it was. Neighbours of
-    processes that were killed on this machine are removed.
+    If the block raises, nothing is left of the neighbour and `path` is as it was. Who looks at `path` finds the old
+    folder or the new one, also after a crash. Neighbours of processes that were killed on this machine are removed.
 
     Raises:
         ApiqError: `path` is a file.
@@ -85,23 +87,51 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise ApiqError(f"{path} is a file; give a folder to write to.")
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}-"
-    for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
-        owner = stale.name.removeprefix(prefix).partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(stale, ignore_errors=True)
+    _sweep(path, prefix)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}-"))
     try:
         os.chmod(temporary, 0o755)
         yield temporary
         for file in temporary.rglob("*"):
             os.chmod(file, 0o755 if file.is_dir() else 0o644)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}-old-"))
-            os.replace(path, old / path.name)
+        if not path.exists():
             os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
+        elif not exchange(temporary, path):
+            _displace(temporary, path, f"{prefix}{os.getpid()}-old-")
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; false where the system cannot: Linux can, on local file systems."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of renameat2(2)."""
+
+
+def _displace(temporary: Path, path: Path, prefix: str) -> None:
+    """Put `temporary` in the place of `path` in two steps; killed between them, the next `_sweep` puts it back."""
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+    os.replace(path, old / path.name)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(old / path.name, path)
         raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(path: Path, prefix: str) -> None:
+    """Remove what killed processes left beside `path`, and put back what they had displaced."""
+    for stale in path.parent.glob(f"{glob.escape(prefix)}*"):
+        owner, _, rest = stale.name.removeprefix(prefix).partition("-")
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            if rest.startswith("old-") and (stale / path.name).exists() and not path.exists():
+                os.replace(stale / path.name, path)
+            shutil.rmtree(stale, ignore_errors=True)

@@ -23,6 +23,7 @@ from apiq.blocks.unfuse import unfuse
 from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
+from apiq.checkpoint.card import card
 from apiq.checkpoint.grid_config import described
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
@@ -30,7 +31,7 @@ from apiq.checkpoint.original import content, remember
 from apiq.checkpoint.writing import write_adapter, write_index, write_rest
 from apiq.device import pick_device, solver_dtype
 from apiq.errors import ApiqError
-from apiq.files import new_folder, read_json, write_json
+from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.meter import Meter
 from apiq.methods import build
 from apiq.methods.grid import grid_of
@@ -81,9 +82,8 @@ def quantize(
         if parallel.rank() == 0:
             with new_folder(out) as folder:
                 _write(folder, original, store, union, spelled, method.adapted)
-                facts = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity),
-                         "original": fingerprint(identity["model"])}  # fmt: skip
-                manifest.write(folder, "quantized", **facts)
+                manifest.write(folder, "quantized", **_facts(params, windows, identity))
+                write_text(folder / "README.md", card(folder))
             remember(identity["model"], original.folder)
             shutil.rmtree(work)
         parallel.wait()
@@ -142,6 +142,13 @@ def _check_fit(original: FullPrecision, windows: Tensor | None) -> None:
 def _deciding(params: QuantizeParams) -> dict[str, Any]:
     """The parameters on which the result depends."""
     return params.model_dump(mode="json", exclude={"activations"})
+
+
+def _facts(params: QuantizeParams, windows: Tensor | None, identity: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the run."""
+    seen = None if windows is None else {"windows": len(windows), "length": windows.shape[1]}
+    made = {"method": params.method, "parameters": _deciding(params), "fingerprint": fingerprint(identity)}
+    return made | {"calibration": seen if params.calibrated else None, "original": fingerprint(identity["model"])}
 
 
 def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:

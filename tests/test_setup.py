@@ -66,7 +66,8 @@ def test_the_lock_pins_every_version_and_leaves_the_build_of_torch_open():
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("apiq", ["", "eval"]), ("stages", ["", "pipeline"]), ("flows", ["", "flows"]), ("ci", [""])]
+    ("folder", "extras"),
+    [("apiq", ["", "eval", "exports"]), ("stages", ["", "pipeline"]), ("flows", ["", "flows"]), ("ci", [""])],
 )
 def test_what_is_imported_is_declared(folder, extras):
     declared = {canonicalize_name(requirement.name) for requirement in requirements(*extras)}

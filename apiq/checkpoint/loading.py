@@ -114,7 +114,12 @@ def load(
         base = locate(source)
         adapter = base / "adapter"
     config = AutoConfig.from_pretrained(base)
-    if kind == "full" and getattr(config, "quantization_config", None):
+    if kind == "full" and (quantized := getattr(config, "quantization_config", None)):
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
+        if method != "apiq":
+            raise ApiqError(
+                f"{source} is in the format of {method}; apiq reads its own folders, load it with that library."
+            )
         raise ApiqError(f"{source} is half a checkpoint: its config.json is quantized, but it has no {manifest.NAME}.")
     model = _from_pretrained(base, config, precision, place)
     if adapters and adapter.is_dir():

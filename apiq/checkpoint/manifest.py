@@ -34,9 +34,13 @@ def read(folder: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "kind" not in manifest:
-        raise ApiqError(f"{path} is damaged: it lacks its kind or its list of files; make the folder again.")
-    if manifest.get("format", 0) > FORMAT:
+    if not isinstance(manifest, dict) or not all(
+        isinstance(manifest.get(key), kind) for key, kind in (("format", int), ("kind", str), ("files", dict))
+    ):
+        raise ApiqError(
+            f"{path} is damaged: it lacks its format, its kind or its list of files; make the folder again."
+        )
+    if manifest["format"] > FORMAT:
         raise ApiqError(
             f"{path} has format {manifest['format']}, this apiq reads up to {FORMAT}; install a newer apiq."
         )

@@ -1,11 +1,13 @@
 """Quantization in a process of its own, and the killing of it."""
 
+import itertools
 import os
 import signal
 import time
 
 import torch
 
+from apiq import files
 from apiq.files import new_folder
 from apiq.params import QuantizeParams
 from apiq.quantization import quantize
@@ -56,3 +58,13 @@ def write_for_ever(out):
     with new_folder(out) as folder:
         (folder / "half").touch()
         time.sleep(600)
+
+
+def replace_for_ever(out, in_one_step):
+    """Write the folder `out` again and again, two files of one number each time."""
+    if not in_one_step:
+        files.exchange = lambda one, other: False
+    for number in itertools.count():
+        with new_folder(out) as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(str(number))

@@ -1,14 +1,19 @@
 """A process that is killed, at any moment, costs time and nothing else."""
 
 import multiprocessing
+import os
+import platform
 import random
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from apiq import files
 from apiq.errors import ApiqError
-from apiq.files import new_folder, sha256_folder
+from apiq.files import _sweep, new_folder, sha256_folder
 from apiq.work import alone
 from tests.checkpoint import kills
 
@@ -71,6 +76,43 @@ def test_the_half_written_folder_of_a_killed_process_is_removed_by_the_next(tmp_
     with new_folder(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_killed_while_it_replaces_a_folder_the_old_one_or_the_new_one_is_there(tmp_path, processes, in_one_step):
+    if in_one_step and sys.platform != "linux":
+        pytest.skip("this system exchanges no folders in one step")
+    out, chance = tmp_path / "out", random.Random(0)
+    seen = set()
+    for _ in range(6):
+        writer = processes.Process(target=kills.replace_for_ever, args=(out, in_one_step))
+        writer.start()
+        _wait_for(lambda: (out / "b").exists())
+        time.sleep(chance.uniform(0, 0.1))
+        writer.kill()
+        writer.join()
+        if not in_one_step:
+            _sweep(out, f".out.{platform.node()}-")  # as the next run does
+        seen.add((out / "a").read_text())
+        assert (out / "a").read_text() == (out / "b").read_text()
+    assert len(seen) > 1
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").touch()
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target) == tmp_path / "out" and not Path(source, "old").exists():
+            raise OSError("no space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no space"), new_folder(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/old"]
 
 
 def _wait_for(condition):

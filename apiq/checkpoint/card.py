@@ -1,0 +1,161 @@
+"""The model card: what a folder holds, how it was made, what was measured, how it is loaded. No date, no machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import ModelCardData
+
+from apiq.checkpoint import manifest
+from apiq.errors import ApiqError
+from apiq.files import read_json
+
+LOADS = {
+    "apiq": """import apiq
+
+model = apiq.load("FOLDER").model  # AutoModelForCausalLM.from_pretrained reads it too, without the adapter""",
+    "compressed-tensors": """from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+# pip install compressed-tensors; vLLM and SGLang read the folder as it is
+model = AutoModelForCausalLM.from_pretrained("FOLDER", quantization_config=CompressedTensorsConfig(dequantize=True))""",
+    "gptq": """from gptqmodel import GPTQModel
+
+model = GPTQModel.load("FOLDER")""",
+    "awq": """from gptqmodel import GPTQModel
+
+model = GPTQModel.load("FOLDER")""",
+    "dense": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")""",
+}
+"""Code that loads a folder, by the quant_method of its config.json."""
+
+_TEMPLATE = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    """---
+{{ metadata }}
+---
+
+# {{ title }}
+
+{{ summary }}
+
+{% for table in tables if table.rows %}
+## {{ table.title }}
+
+| {{ table.head }} | |
+|---|---|
+{% for name, value in table.rows %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+
+{% endfor %}
+## Use
+
+```python
+{{ code }}
+```
+{% if adapter %}
+
+The adapter is in `adapter/`, in PEFT's format: `PeftModel.from_pretrained(model, "FOLDER/adapter")`.
+{% endif %}
+
+Made with [ApiQ](https://arxiv.org/abs/2402.05147).
+"""
+)
+
+
+def card(folder: str | Path, base_model: str | None = None, metrics: Mapping[str, Any] | None = None) -> str:
+    """The README.md of a quantized or finetuned folder, or of an export: the same folder gives the same text.
+
+    Args:
+        folder: what the card is about.
+        base_model: the name of the original on the hub.
+        metrics: measured numbers by name, nested or not, as `apiq.evaluate` gives them.
+
+    Raises:
+        ApiqError: the folder holds no model.
+    """
+    folder = Path(folder)
+    facts = manifest.read(folder)
+    finetuned = facts is not None and facts["kind"] == "finetuned"
+    config = {} if finetuned else _config(folder)
+    quantization = config.get("quantization_config", {})
+    kind = quantization.get("quant_method", "apiq" if finetuned else "dense")
+    adapter = folder / "adapter/adapter_config.json"
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft" if finetuned else "transformers",
+        tags=sorted({"apiq", "quantization", kind}),
+        pipeline_tag="text-generation" if "CausalLM" in str(config.get("architectures")) else None,
+    )
+    return _TEMPLATE.render(
+        metadata=data.to_yaml(),
+        title=(base_model or config.get("model_type") or "model").rpartition("/")[2]
+        + (" adapter" if finetuned else f", {quantization['bits']} bits" if "bits" in quantization else ""),
+        summary=_summary(kind, finetuned),
+        tables=[
+            {"title": "Quantization", "head": "setting", "rows": _quantization(facts or {}, quantization)},
+            {"title": "Adapter", "head": "setting", "rows": _adapter(read_json(adapter)) if adapter.is_file() else []},
+            {"title": "Measured", "head": "metric", "rows": _metrics(folder, metrics)},
+        ],
+        code=LOADS.get(kind, LOADS["dense"]),
+        adapter=adapter.is_file(),
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ApiqError(f"{folder} holds no model: it has neither config.json nor finetuned adapters.")
+    return read_json(folder / "config.json")
+
+
+def _summary(kind: str, finetuned: bool) -> str:
+    if finetuned:
+        return "Adapters that were trained on a quantized model, which is needed to use them."
+    if kind == "dense":
+        return "A model whose weights were quantized to a few bits, written out in full."
+    return f"A model in a few bits, in the format of {kind}."
+
+
+def _quantization(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The grid, and of the parameters those that say how it was fitted."""
+    rows: list[tuple[str, Any]] = [("method", facts["method"])] if "method" in facts else []
+    rows += [
+        (name, quantization[name]) for name in ("bits", "group_size", "symmetric", "levels") if name in quantization
+    ]
+    parameters = facts.get("parameters", {})
+    rows += [
+        (name, parameters[name])
+        for name in ("epochs", "batch_size", "lr_theta", "lr_adapter", "seed")
+        if name in parameters
+    ]
+    calibration = facts.get("calibration") or {}
+    return rows + [(f"calibration {name}", value) for name, value in sorted(calibration.items())]
+
+
+def _adapter(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    names = {"peft_type": "type", "r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+    return [(label, config[name]) for name, label in names.items() if config.get(name) is not None]
+
+
+def _metrics(folder: Path, measured: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    own = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
+    rows = [
+        (f"{name} bits per weight", f"{value:.4g}") for name, value in own.get("bits", {}).items() if name != "weights"
+    ]
+    rows += [(name, f"{value:.6g}") for name, value in sorted(own.items()) if name.startswith("held_out")]
+    return rows + [(name, f"{value:.6g}") for name, value in _flat(measured or {})]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of a nested mapping by their dotted names, in order."""
+    rows = []
+    for name, value in sorted(values.items()):
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append((f"{prefix}{name}", float(value)))
+    return rows

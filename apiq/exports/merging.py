@@ -1,0 +1,113 @@
+"""Adapters added to dequantized weights, by PEFT's own merge, one linear at a time."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from apiq.adapters.injection import IN_BLOCK, SHARED
+from apiq.blocks.unfuse import linear_of
+from apiq.errors import ApiqError
+from apiq.exports.shards import cast, write_folder
+from apiq.exports.source import Linear, Source
+
+
+class Merger:
+    """The adapters of a folder, ready to be added to weights."""
+
+    def __init__(self, adapter: Path):
+        import apiq.adapters.houlsby  # noqa: F401 (registers the adapter that PEFT lacks)
+
+        self.folder = adapter
+        self.config = peft.PeftConfig.from_pretrained(str(adapter))
+        self.config.task_type = None  # it acts on linears here, whatever the model is for
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the adapters by PEFT's names."""
+        return load_file(self.folder / "adapter_model.safetensors")
+
+    @torch.no_grad()
+    def merged(self, linears: list[Linear]) -> dict[str, Tensor]:
+        """Weights and biases of the linears of a block with what the adapters change in them, float32, by name.
+
+        Raises:
+            ApiqError: the adapters are no change of weights.
+        """
+        tree = _tree(linears)
+        own = {key: value for key, value in self.state.items() if _shared(key) or _within(key, linears)}
+        if all(_shared(key) for key in own):
+            return tree.state_dict()
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore", UserWarning)  # PEFT speaks of whole models
+            adapted = peft.get_peft_model(tree, self.config)
+            unknown = peft.set_peft_model_state_dict(adapted, own).unexpected_keys
+            if unknown:
+                raise ApiqError(f"PEFT does not know the adapter tensor {unknown[0]} of {self.folder}.")
+            try:
+                return adapted.merge_and_unload(safe_merge=True).state_dict()
+            except (NotImplementedError, AttributeError) as error:
+                raise ApiqError(
+                    f"adapters of type {self.config.peft_type} are no change of the weight and cannot be merged "
+                    f"({type(error).__name__}); keep them beside the model with apiq export --format dense."
+                ) from None
+
+    def refuse_strays(self, source: Source) -> None:
+        """Refuse adapters that are not on packed linears, which the merge would lose.
+
+        Raises:
+            ApiqError: there is such a tensor.
+        """
+        for key in self.state:
+            if not _shared(key) and not any(key.startswith(f"{IN_BLOCK}{name}.") for name in source.shapes):
+                name = key.removeprefix(IN_BLOCK)
+                raise ApiqError(
+                    f"{self.folder} trains {name}, which is no packed linear and cannot be merged; keep the adapter "
+                    "beside the model with apiq export --format dense."
+                )
+
+
+def write_merged(source: Source, folder: Path, dtype: torch.dtype) -> None:
+    """Write Q with the adapter added, computed in float32 and rounded once to `dtype`.
+
+    Raises:
+        ApiqError: there is no adapter, it cannot be merged, or a number is too large for `dtype`.
+    """
+    if source.adapter is None:
+        raise ApiqError(f"{source.folder} has no adapters to merge; use apiq export --format dense.")
+    merger = Merger(source.adapter)
+    merger.refuse_strays(source)
+
+    def tensors(linears: list[Linear]) -> dict[str, Tensor]:
+        return {name: cast(value, dtype, name) for name, value in merger.merged(linears).items()}
+
+    write_folder(source, folder, tensors, dtype)
+
+
+def _shared(key: str) -> bool:
+    return key.startswith(SHARED) and not key.startswith(IN_BLOCK)
+
+
+def _within(key: str, linears: list[Linear]) -> bool:
+    return any(key.startswith(f"{IN_BLOCK}{linear.name}.") for linear in linears)
+
+
+def _tree(linears: list[Linear]) -> nn.Module:
+    """Modules inside each other with the dequantized linears at their names."""
+    root = nn.Module()
+    for linear in linears:
+        *parents, last = linear.name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        bias = None if linear.bias is None else linear.bias.float()
+        module.add_module(last, linear_of(linear.dequantized(), bias))
+    return root

@@ -1,0 +1,60 @@
+"""A reader of quantized folders written from docs/reference/format.md alone: nothing of apiq is imported here."""
+
+import hashlib
+import json
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+from safetensors import safe_open
+
+
+def read(folder):
+    """The dequantized weight (out, in) of every packed linear, float32, by name."""
+    folder = Path(folder)
+    manifest = json.loads((folder / "apiq.json").read_text())
+    assert manifest["format"] <= 2 and manifest["kind"] == "quantized"
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    weights = {}
+    for name, shape in index["metadata"]["shapes"].items():
+        with safe_open(folder / index["weight_map"][f"{name}.codes"], framework="np") as file:
+            own = [key for key in file.keys() if key.startswith(f"{name}.") and not key.endswith(".bias")]  # noqa: SIM118
+            tensors = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in own}
+        weights[name] = dequantized(tensors, config, shape)
+    return weights
+
+
+def dequantized(tensors, config, shape):
+    b, columns = config["bits"], shape[1]
+    width = min(config["group_size"], columns) or columns
+    group = np.arange(columns) // width
+    codes, s = unpacked(tensors["codes"], b, columns), tensors["scales"]
+    if config.get("double_quantization"):
+        spread = np.repeat(tensors["scale_ranges"], 256)[: s.size].reshape(s.shape)
+        s = scale_levels()[s] * spread + tensors["scale_mean"]
+    s = s.astype(np.float32)[:, group]
+    if config.get("levels") == "normal-float":
+        return s * normal_float_levels(b)[codes]
+    z = 2 ** (b - 1) if config["symmetric"] else unpacked(tensors["zeros"], b, group[-1] + 1)[:, group]
+    return s * (codes - z).astype(np.float32)
+
+
+def unpacked(words, b, count):
+    bits = np.unpackbits(words.astype("<i4").view(np.uint8), axis=1, bitorder="little")[:, : count * b]
+    return bits.reshape(len(words), count, b) @ (1 << np.arange(b))
+
+
+def normal_float_levels(b):
+    n, quantile = 2 ** (b - 1), NormalDist().inv_cdf
+    above, below = ([quantile(p) for p in np.linspace(0.9677083, 0.5, k + 1)[:-1]] for k in (n, n - 1))
+    levels = np.sort([*above, 0.0, *(-level for level in below)])
+    return (levels / levels.max()).astype(np.float32)
+
+
+def scale_levels():
+    edges = [np.linspace(0.1, 1, 2**k + 1) for k in range(7)]
+    half = np.concatenate([(e[1:] + e[:-1]) / 2 * 10.0 ** (k - 6) for k, e in enumerate(edges)])
+    return np.sort([0.0, 1.0, *half, *-half]).astype(np.float32)
