@@ -1,4 +1,8 @@
-"""How a grid is written in the `quantization_config` of config.json."""
+"""How grids are written in the `quantization_config` of config.json: one for all linears, and the exceptions.
+
+A linear is named by the number of its block and its name in it, as in `3.mlp.down_proj`: what the list of blocks is
+called differs between a model with a head and one without.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,23 @@ def described(grid: Grid) -> dict[str, Any]:
 
 
 def grid_of(config: Mapping[str, Any]) -> Grid:
-    """The grid that a quantization_config describes; without `levels`, as in format 1, it is an affine one."""
+    """The grid of all linears but the exceptions; without `levels`, as in format 1, it is an affine one."""
     bits, group_size = config["bits"], config["group_size"]
     if config.get("levels") == "normal-float":
         return NormalFloat(bits, group_size, double=config["double_quantization"])
     return Grid(bits, group_size, config["symmetric"])
+
+
+def exceptions(default: Grid, grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
+    """By linear the entries in which its grid differs from the default one; linears without any are left out."""
+    usual = described(default)
+    differing = {
+        name: {key: value for key, value in described(grid).items() if usual.get(key) != value}
+        for name, grid in grids.items()
+    }
+    return {name: entries for name, entries in differing.items() if entries}
+
+
+def grid_for(config: Mapping[str, Any], name: str) -> Grid:
+    """The grid of the linear `name`."""
+    return grid_of({**config, **(config.get("exceptions") or {}).get(name, {})})
