@@ -11,9 +11,12 @@ from apiq.adapters.tuners import REFUSED
 from apiq.method_params import (
     WITHOUT_ADAPTERS,
     WITHOUT_CALIBRATION,
+    Bits,
     ClosedFormParams,
     GptqParams,
+    GroupSize,
     LoftqParams,
+    LqLoraParams,
     Method,
     OmniquantParams,
     QloraParams,
@@ -34,11 +37,11 @@ class QuantizeParams(Section):
 
     method: Method = "apiq-bw"
     """Without adapters: rtn (round to nearest), gptq, awq, omniquant. With adapters that start at zero: qlora,
-    gptq-lora. Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
+    gptq-lora. Weight-preserving: loftq, lq-lora. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
     layer), apiq-bw (block by block)."""
-    bits: Annotated[int, Field(ge=1, le=8)] = 2
+    bits: Bits = 2
     """Bits of a code, b."""
-    group_size: Annotated[int, Field(ge=0)] = 64
+    group_size: GroupSize = 64
     """Weights that share a scale and a zero point, g; 0 for one group a row. Need not divide the width."""
     symmetric: bool = False
     """Fixed zero point 2^(b-1) instead of a learned one."""
@@ -98,6 +101,8 @@ class QuantizeParams(Section):
     """For method qlora."""
     loftq: LoftqParams = Field(default_factory=LoftqParams)
     """For method loftq."""
+    lq_lora: LqLoraParams = Field(default_factory=LqLoraParams)
+    """For method lq-lora."""
     closed_form: ClosedFormParams = Field(default_factory=ClosedFormParams)
     """For method closed-form and for start closed-form."""
 
@@ -109,12 +114,13 @@ class QuantizeParams(Section):
     @property
     def calibrated(self) -> bool:
         """Whether the method needs calibration windows."""
-        return self.method not in WITHOUT_CALIBRATION
+        return self.method not in WITHOUT_CALIBRATION or (self.method == "lq-lora" and self.lq_lora.weights == "fisher")
 
     @property
     def normal_float(self) -> bool:
         """Whether the levels are those of NormalFloat."""
-        return self.method == "qlora" or (self.method == "loftq" and self.loftq.levels == "normal-float")
+        levels = {"qlora": "normal-float", "loftq": self.loftq.levels, "lq-lora": self.lq_lora.levels}
+        return levels.get(self.method) == "normal-float"
 
     @model_validator(mode="before")
     @classmethod

@@ -73,10 +73,10 @@ class ModelStream:
             yield self.model
 
     @contextlib.contextmanager
-    def rest(self) -> Iterator[PreTrainedModel]:
-        """The model with everything that lies outside the blocks on the CPU, for the block."""
+    def rest(self, device: torch.device | None = None) -> Iterator[PreTrainedModel]:
+        """The model with everything that lies outside the blocks on `device`, by default the CPU, for the block."""
         blocks = f"{self.blocks.path}."
-        with self._borrowed(lambda name: not name.startswith(blocks), torch.device("cpu")):
+        with self._borrowed(lambda name: not name.startswith(blocks), device or torch.device("cpu")):
             yield self.model
 
     @contextlib.contextmanager
