@@ -66,6 +66,9 @@ class QuantizeParams(Section):
     multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287). Steps of few windows are slower and fit better."""
     shuffle: bool = False
     """Take the windows in another random order in every pass; Table A.1 keeps one order."""
+    rounding: Literal["straight-through", "soft"] = "straight-through"
+    """In apiq-lw, apiq-bw and omniquant: rounding to nearest with the gradient of the identity, or a smooth staircase
+    with its own gradient, which is annealed to rounding to nearest over the steps."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The learning rates stay, as in Table A.1, or fall to 0 along a cosine over the steps of a block."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
