@@ -11,7 +11,6 @@ import torch
 
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
-from apiq.methods import build
 from apiq.params import Params
 from apiq.planning import memory
 from apiq.planning.machine import Machine
@@ -53,7 +52,7 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     one = memory.activations(params.calibration.windows, params.calibration.length, shapes.width, item)
     copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
     sets = int(one * copies)
-    solver = memory.solver(setting.sizes, setting.fitting, setting.passing, weight, build(params.quantize).calibrated)
+    solver = memory.solver(method, setting.sizes, setting.fitting, setting.passing, weight)
     home = memory.home(params.quantize.activations, COPIES * one, machine.gpu, machine.ram)
     embeddings = weight * sum(value.numel() for value in shapes.outside().values())
     gpu, at_work = (None, dict(solver)) if machine.gpu is None else (dict(solver), {})
