@@ -73,6 +73,16 @@ def test_every_method_is_planned(method, folder):
     assert not timed or told["quantize"]["seconds"] > 0
 
 
+def test_fisher_weights_hold_the_inputs_of_all_blocks_and_gradients_of_one(folder):
+    plain, fisher = (
+        plan(params(folder, quantize={"method": "lq-lora", "lq_lora": {"weights": weights}}), timed=False)["quantize"]
+        for weights in ("none", "fisher")
+    )
+    assert plain["ram"]["activations"] == 4 * 4 * 16 * 32 * 4
+    assert fisher["ram"]["activations"] == (3 + 2) * 4 * 16 * 32 * 4
+    assert fisher["ram"]["gradients"] == 2 * fisher["ram"]["block"]
+
+
 def test_a_target_of_bits_is_planned_without_weights(folder):
     wanted = {"target_bits": 3.7, "candidate_group_sizes": [16, 32]}
     told = plan(params(folder, quantize={"method": "lq-lora", "lq_lora": wanted}), timed=False)
