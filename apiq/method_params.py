@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from apiq.section import Positive, Rate, Section
 
-Method = Literal["rtn", "gptq", "awq", "omniquant", "qlora", "gptq-lora", "loftq", "closed-form", "apiq-lw", "apiq-bw"]
+Method = Literal[
+    "rtn", "gptq", "awq", "omniquant", "qlora", "gptq-lora", "loftq", "lq-lora", "closed-form", "apiq-lw", "apiq-bw"
+]
+Bits = Annotated[int, Field(ge=1, le=8)]
+GroupSize = Annotated[int, Field(ge=0)]
 WITHOUT_ADAPTERS = frozenset({"rtn", "gptq", "awq", "omniquant"})
 """Methods that leave nothing to finetune."""
-WITHOUT_CALIBRATION = frozenset({"rtn", "qlora", "loftq"})
-"""Methods that look at the weights alone."""
+WITHOUT_CALIBRATION = frozenset({"rtn", "qlora", "loftq", "lq-lora"})
+"""Methods that look at the weights alone; lq-lora does unless it weights them by their Fisher information."""
 NORMAL_FLOAT_BITS = (2, 4)
 """Least and most bits of NormalFloat."""
 
@@ -47,6 +53,26 @@ class LoftqParams(Section):
     """Times T that the codes and then the adapters are found anew."""
     levels: Literal["normal-float", "uniform"] = "normal-float"
     """Levels of a code: those of NormalFloat, or the affine grid of the other methods."""
+
+
+class LqLoraParams(Section):
+    """Parameters of method lq-lora."""
+
+    steps: Positive = 10
+    """Most turns in which the adapters and then the codes are found anew; it ends where a turn gains nothing."""
+    levels: Literal["normal-float", "uniform"] = "normal-float"
+    """Levels of a code: those of NormalFloat, or the affine grid of the other methods."""
+    double_quantization: bool = True
+    """Store the scales of NormalFloat in 8 bits."""
+    weights: Literal["none", "fisher"] = "none"
+    """What an error of a weight counts: the same everywhere, or by its Fisher information, which needs windows."""
+    target_bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    """Mean bits of a weight with its share of scales and zero points, adapters not counted, that are divided among
+    the linears; none: all have `bits` and `group_size`."""
+    candidate_bits: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4]  # noqa: RUF012 (pydantic copies it)
+    """Bits among which each linear has its choice under target_bits."""
+    candidate_group_sizes: Annotated[list[GroupSize], Field(min_length=1)] = [16, 32, 64]  # noqa: RUF012
+    """Group sizes likewise."""
 
 
 class ClosedFormParams(Section):

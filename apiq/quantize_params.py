@@ -11,9 +11,12 @@ from apiq.adapters.tuners import REFUSED
 from apiq.method_params import (
     WITHOUT_ADAPTERS,
     WITHOUT_CALIBRATION,
+    Bits,
     ClosedFormParams,
     GptqParams,
+    GroupSize,
     LoftqParams,
+    LqLoraParams,
     Method,
     OmniquantParams,
     QloraParams,
@@ -38,11 +41,11 @@ class QuantizeParams(Section):
     paper (Table A.1), best, or fast (`apiq/recipes.py`)."""
     method: Method = "apiq-bw"
     """Without adapters: rtn (round to nearest), gptq, awq, omniquant. With adapters that start at zero: qlora,
-    gptq-lora. Weight-preserving: loftq. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
+    gptq-lora. Weight-preserving: loftq, lq-lora. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
     layer), apiq-bw (block by block)."""
-    bits: Annotated[int, Field(ge=1, le=8)] = 2
+    bits: Bits = 2
     """Bits of a code, b."""
-    group_size: Annotated[int, Field(ge=0)] = 64
+    group_size: GroupSize = 64
     """Weights that share a scale and a zero point, g; 0 for one group a row. Need not divide the width."""
     symmetric: bool = False
     """Fixed zero point 2^(b-1) instead of a learned one."""
@@ -70,6 +73,9 @@ class QuantizeParams(Section):
     multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287). Steps of few windows are slower and fit better."""
     shuffle: bool = False
     """Take the windows in another random order in every pass; Table A.1 keeps one order."""
+    rounding: Literal["straight-through", "soft"] = "straight-through"
+    """In apiq-lw, apiq-bw and omniquant: rounding to nearest with the gradient of the identity, or a smooth staircase
+    with its own gradient, which is annealed to rounding to nearest over the steps."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The learning rates stay, as in Table A.1, or fall to 0 along a cosine over the steps of a block."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
@@ -105,6 +111,8 @@ class QuantizeParams(Section):
     """For method qlora."""
     loftq: LoftqParams = Field(default_factory=LoftqParams)
     """For method loftq."""
+    lq_lora: LqLoraParams = Field(default_factory=LqLoraParams)
+    """For method lq-lora."""
     closed_form: ClosedFormParams = Field(default_factory=ClosedFormParams)
     """For method closed-form and for start closed-form."""
 
@@ -116,12 +124,13 @@ class QuantizeParams(Section):
     @property
     def calibrated(self) -> bool:
         """Whether the method needs calibration windows."""
-        return self.method not in WITHOUT_CALIBRATION
+        return self.method not in WITHOUT_CALIBRATION or (self.method == "lq-lora" and self.lq_lora.weights == "fisher")
 
     @property
     def normal_float(self) -> bool:
         """Whether the levels are those of NormalFloat."""
-        return self.method == "qlora" or (self.method == "loftq" and self.loftq.levels == "normal-float")
+        levels = {"qlora": "normal-float", "loftq": self.loftq.levels, "lq-lora": self.lq_lora.levels}
+        return levels.get(self.method) == "normal-float"
 
     @model_validator(mode="before")
     @classmethod

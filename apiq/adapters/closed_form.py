@@ -44,6 +44,15 @@ def asymmetric(W: Tensor, Q: Tensor, G: Tensor, M: Tensor, rank: int) -> tuple[T
     return _unwhitened(L, A), B
 
 
+def weighted(W: Tensor, Q: Tensor, rows: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Minimise || D_r (W - Q - B A^T) D_c || for D_r = diag(rows) (out), D_c = diag(columns) (in), all positive.
+
+    LQ-LoRA (arXiv 2311.12023), section 3.3: the problem stays a truncated singular value decomposition.
+    """
+    A, B = _factors((rows[:, None] * (W - Q) * columns).t(), rank)
+    return A / columns[:, None], B / rows[:, None]
+
+
 def _factors(P: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U sqrt(S) and V sqrt(S) of the `rank` largest singular values of P = U S V^T."""
     U, S, Vh = torch.linalg.svd(P, full_matrices=False)

@@ -25,6 +25,7 @@ from apiq.errors import ApiqError
 from apiq.files import read_json, write_json
 
 STATE = "state.json"
+SURVEY = "survey.safetensors"
 ROWS = 8
 """Windows that are read or written at a time."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -68,6 +69,15 @@ class BlockStore:
             raise ApiqError(
                 f"the unfinished work in {self.folder} is damaged ({error}); delete it and start again."
             ) from None
+
+    def save_survey(self, found: Mapping[str, Tensor]) -> None:
+        """Write what a method found out of the whole model."""
+        with replacing(self.folder / SURVEY) as path:
+            save_file({name: value.cpu().contiguous() for name, value in found.items()}, path)
+
+    def survey(self) -> dict[str, Tensor] | None:
+        """Read it; None before it was written."""
+        return load_file(self.folder / SURVEY) if (self.folder / SURVEY).exists() else None
 
     def finish(self, record: dict[str, Any], cpu_seconds: float) -> None:
         """Declare the next block finished, and drop the activations that it started from."""

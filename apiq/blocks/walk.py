@@ -27,7 +27,9 @@ from apiq.blocks.capture import BlockCall, capture, counted
 from apiq.blocks.problem import Method, Problem, Solution
 from apiq.blocks.store import BlockStore, replacing
 from apiq.blocks.stream import ModelStream
+from apiq.blocks.survey import Surveyor, Whole
 from apiq.blocks.unfuse import unfuse
+from apiq.checkpoint.grid_config import described
 from apiq.checkpoint.layout import block_file
 from apiq.checkpoint.writing import shapes, stored, write_block
 from apiq.device import precision
@@ -63,6 +65,8 @@ class Walk:
         """
         count, done = len(self.stream.blocks.modules), len(self.store.records)
         X, Xq, calls = self._start(done)
+        if isinstance(self.method, Surveyor):
+            self._survey(self.method, X, calls)
         for index in range(done, count):
             try:
                 X, Xq = self._block(index, calls[index], X, Xq)
@@ -99,6 +103,23 @@ class Walk:
         if 0 < done < count:
             return *self.store.activations(done, X.home), calls
         return X, X, calls
+
+    def _survey(self, method: Surveyor, X: Activations | None, calls: list[BlockCall]) -> None:
+        """Let the method look at the whole model, unless it has before this run was interrupted."""
+        count, found = len(calls), self.store.survey()
+
+        def report(what: str, index: int) -> None:
+            self.progress(Step("quantize", 0, count, f"survey, {what} block {index + 1}/{count}"))
+
+        if found is None:
+            found = method.survey(Whole(
+                self.stream, self.windows, X, calls, self.device, self.params.activations, self.store.folder,
+                self._precision, report,
+            ))  # fmt: skip
+            parallel.wait()
+            if parallel.rank() == 0:
+                self.store.save_survey(found)
+        method.surveyed(found)
 
     def _home(self, shape: tuple[int, ...]) -> Home:
         return choose_home(self.params.activations, shape, self.compute, COPIES, self.device, self.store.folder)
@@ -147,6 +168,7 @@ class Walk:
         record: dict[str, Any] = {
             "name": name,
             "shapes": shapes(block, name),
+            "grids": {f"{index}.{linear}": described(packed.grid) for linear, packed in solution.linears.items()},
             "loss_first": last if solution.start is None else solution.start,
             "loss_last": last,
             "unreached": [f"{name}.{each}" for each in solution.unreached],

@@ -15,14 +15,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from apiq.blocks.architecture import find_blocks, linears, replace
 from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint import manifest
-from apiq.checkpoint.grid_config import grid_of
+from apiq.checkpoint.grid_config import grid_for, grid_of
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
 
 
 class ApiqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint: its grid, and which linears are packed."""
+    """The `quantization_config` of a checkpoint: its grid, which linears are packed, and which have other grids."""
 
     def __init__(
         self,
@@ -33,17 +33,22 @@ class ApiqConfig(QuantizationConfigMixin):
         linears: list[str],
         levels: str = "uniform",
         double_quantization: bool = False,
+        exceptions: dict[str, dict[str, Any]] | None = None,
         **_: Any,
     ):
         self.quant_method = "apiq"  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.levels, self.double_quantization = levels, double_quantization
-        self.blocks, self.linears = blocks, linears
+        self.blocks, self.linears, self.exceptions = blocks, linears, exceptions or {}
 
     @property
     def grid(self) -> Grid:
-        """The grid of every packed linear."""
+        """The grid of every packed linear but the exceptions."""
         return grid_of(vars(self))
+
+    def grid_for(self, name: str) -> Grid:
+        """The grid of the packed linear `name`, as in `3.mlp.down_proj`."""
+        return grid_for(vars(self), name)
 
 
 class ApiqQuantizer(HfQuantizer):
@@ -79,13 +84,12 @@ def pack_linears(model: nn.Module, config: ApiqConfig, dtype: torch.dtype) -> st
         The name of the list of blocks in `model`; models with and without a head differ in it.
     """
     blocks, packed = find_blocks(model), 0
-    for block in blocks.modules:
+    for index, block in enumerate(blocks.modules):
         for name, linear in linears(unfuse(block)).items():
             if name in config.linears:
+                grid = config.grid_for(f"{index}.{name}")
                 with torch.device(linear.weight.device):
-                    new = PackedLinear(
-                        linear.in_features, linear.out_features, config.grid, linear.bias is not None, dtype
-                    )
+                    new = PackedLinear(linear.in_features, linear.out_features, grid, linear.bias is not None, dtype)
                 replace(block, name, new)
                 packed += 1
     if not packed:

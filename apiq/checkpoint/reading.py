@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apiq.checkpoint.grid_config import grid_of
+from apiq.checkpoint.grid_config import grid_for
 from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
+from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
 
 
@@ -30,6 +31,8 @@ class LinearWeights:
     """(out, r), or None likewise."""
     scaling: float
     """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    grid: Grid
+    """What the codes mean."""
 
 
 def linear_names(folder: str | Path) -> list[str]:
@@ -49,7 +52,7 @@ def linear(folder: str | Path, name: str, adapter: str | Path | None = None) -> 
     """
     folder = Path(folder)
     config = read_json(folder / "config.json").get("quantization_config", {})
-    grid = grid_of(config)
+    grid = grid_for(config, name.removeprefix(f"{config['blocks']}."))
     index = read_json(folder / INDEX)
     place = index["weight_map"].get(f"{name}.codes")
     shape = index["metadata"].get("shapes", {}).get(name)
@@ -64,7 +67,7 @@ def linear(folder: str | Path, name: str, adapter: str | Path | None = None) -> 
     except SafetensorError as error:
         raise ApiqError(f"{folder / place} is damaged: {error}.") from None
     A, B, scaling = _adapters(Path(adapter or folder / "adapter"), name)
-    return LinearWeights(packed.dequantized(), packed.unpacked()[0], A, B, scaling)
+    return LinearWeights(packed.dequantized(), packed.unpacked()[0], A, B, scaling, grid)
 
 
 def _adapters(folder: Path, name: str) -> tuple[Tensor | None, Tensor | None, float]:

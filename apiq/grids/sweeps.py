@@ -76,7 +76,7 @@ def _scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int) -> 
 
 
 def _elements(W: Tensor) -> int:
-    if W.device.type == "cpu" and _is_real(W):
+    if W.device.type == "cpu":
         return PIECE * torch.get_num_threads()
     return 2**62 if _compiles(W) else PIECE_GPU
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq.grids.affine import Grid, clipped, encode, extrema, fake_quantize
+from apiq.grids.affine import Grid, clipped, encode, extrema
 from apiq.grids.search import best_shares
+from apiq.grids.soft import soft_quantize
 from apiq.layers.packed import PackedLinear
 from apiq.layers.product import product
 
 START = 4.0
 """gamma and beta at the start: sigmoid(4) = 0.982, nearly no clipping (section 4.3)."""
+
+
+@contextlib.contextmanager
+def computed_once(linears: Collection[FakeQuantLinear]) -> Iterator[None]:
+    """Within it the weight of each is what it was at the start: PEFT asks for it 20 times to put one adapter on."""
+    for linear in linears:
+        linear.joint = linear.weight.detach()
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.joint = None
 
 
 class FakeQuantLinear(nn.Linear):
@@ -38,7 +54,8 @@ class FakeQuantLinear(nn.Linear):
         self.gamma = nn.Parameter(torch.full_like(high, START))
         self.beta = nn.Parameter(torch.full_like(low, START))
         self.bias = linear.bias
-        self.joint: Tensor | None = None  # Q, while `apiq.layers.joint` makes it for a whole block
+        self.temperature = 0.0  # of soft rounding, while it is annealed
+        self.joint: Tensor | None = None  # Q, while `apiq.layers.joint` or `computed_once` holds it
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the present clipping range, each (out, G), float32."""
@@ -50,12 +67,14 @@ class FakeQuantLinear(nn.Linear):
         if self.joint is not None:
             return self.joint
         s, z = self.scale_and_zero()
-        return fake_quantize(self.full_weight, s, z, self.grid).to(self.full_weight.dtype)
+        return soft_quantize(self.full_weight, s, z, self.grid, self.temperature).to(self.full_weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """X Q^T + bias, for X (..., in)."""
         if self.joint is not None:
             return F.linear(input, self.joint, self.bias)
+        if self.temperature:
+            return F.linear(input, self.weight, self.bias)
         return product(input, self.full_weight, *self.scale_and_zero(), self.grid, self.bias)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from apiq.methods.closed_form import ClosedForm
 from apiq.methods.gptq import Gptq
 from apiq.methods.gptq_lora import GptqLora
 from apiq.methods.loftq import Loftq
+from apiq.methods.lq_lora import LqLora
 from apiq.methods.omniquant import Omniquant
 from apiq.methods.qlora import Qlora
 from apiq.methods.rtn import RoundToNearest
@@ -23,6 +24,7 @@ METHODS = {
     "qlora": Qlora,
     "gptq-lora": GptqLora,
     "loftq": Loftq,
+    "lq-lora": LqLora,
     "closed-form": ClosedForm,
     "apiq-lw": ApiqLayerwise,
     "apiq-bw": ApiqBlockwise,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor
 
 from apiq.blocks.activations import Batch
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.joint import jointly
+from apiq.methods.annealing import annealed
 from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import Fit, Turn, joined
 from apiq.methods.flat import names
@@ -57,8 +60,11 @@ class ApiqBlockwise:
                 problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
 
             where = f"block {problem.index}"
-            objective = Objective(loss_of, len(Xq), where, problem.weight, names(problem.block), scale)
-            with jointly(problem.block):
+            with contextlib.ExitStack() as stack:
+                anneal = stack.enter_context(annealed(fit.fakes.values(), params))
+                if anneal is None:
+                    stack.enter_context(jointly(problem.block))
+                objective = Objective(loss_of, len(Xq), where, problem.weight, names(problem.block), scale, anneal)
                 trace = descend(fit.groups(turn), objective, params, problem.seed, report)
             curves = joined(curves, trace.curves("block", first))
             if turn.grid:

@@ -43,6 +43,8 @@ class Objective:
     """Factor on the loss in the backward pass, which keeps the gradients of float16 from vanishing."""
     remedy: str = "lower quantize.lr_theta and quantize.lr_adapter, or set quantize.dtype to float32"
     """What to do when it cannot be minimised, for messages."""
+    anneal: Callable[[float], None] | None = None
+    """Called before each step with the share of all steps that was taken, and with 1 before a loss held out."""
 
 
 class Passes(Protocol):
@@ -191,6 +193,7 @@ class _Descent:
         self.optimizer.restore(saved)
         for number in range(bad):
             self._step(epoch, number, batches, shares)
+        self._anneal(self._done(epoch, bad, batches))
         self._backward(batches[bad], shares[bad])
         unsound = [parameter for group in self.optimizer.groups for parameter in group.unsound()]
         self.optimizer.restore(saved)
@@ -199,15 +202,24 @@ class _Descent:
 
     def _step(self, epoch: int, number: int, batches: list[Batch], shares: list[float]) -> Tensor:
         """One step of the optimizer; the loss to be shown, on the device."""
+        done = self._done(epoch, number, batches)
+        self._anneal(done)
         shown = self._backward(batches[number], shares[number])
         for group in self.optimizer.groups:
             parallel.add(group.grad)
         share = self.factor
         if self.params.schedule == "cosine":
-            done = (epoch * len(batches) + number) / (self.params.epochs * len(batches))
             share *= (1 + math.cos(math.pi * done)) / 2
         self.optimizer.step(share, 1 / self.scale)
         return shown
+
+    def _done(self, epoch: int, number: int, batches: list[Batch]) -> float:
+        """The share of all steps that was taken before this one."""
+        return (epoch * len(batches) + number) / (self.params.epochs * len(batches))
+
+    def _anneal(self, done: float) -> None:
+        if self.objective.anneal is not None:
+            self.objective.anneal(done)
 
     def _shares(self, batches: list[Batch]) -> list[float]:
         """The share of the windows of this process in the loss of each batch, which several processes may divide."""
@@ -244,6 +256,7 @@ class _Descent:
     @torch.no_grad()
     def _held_out(self) -> float:
         """The mean loss on the windows set aside."""
+        self._anneal(1.0)
         total = torch.zeros(2, dtype=torch.float64, device=self.optimizer.groups[0].grad.device)
         size = self.params.batch_size
         for start in range(self.trained, self.objective.windows, size):

@@ -16,7 +16,7 @@ from apiq.adapters.tuners import TUNERS, Tuner
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.affine import Grid
-from apiq.layers.fake_quant import FakeQuantLinear
+from apiq.layers.fake_quant import FakeQuantLinear, computed_once
 from apiq.methods.flat import Group
 from apiq.methods.moments import in_order
 from apiq.methods.starts import start_at_closed_form
@@ -72,7 +72,8 @@ class Fit:
         self._wrap(list(originals))
         self._search(originals)
         if self.tuner is not None and self.tuner.joint and self.adapters is None:
-            self.adapters = Adapters(problem.block, params, self.shapes, problem.seed, start=True)
+            with computed_once(self.fakes.values()):
+                self.adapters = Adapters(problem.block, params, self.shapes, problem.seed, start=True)
         if params.start == "closed-form" and self.adapters is not None:
             start_at_closed_form(problem, self.adapters, originals, self.fakes, params)
         for fake in self.fakes.values():

@@ -15,7 +15,8 @@ from apiq.params import QuantizeParams
 def grid_of(params: QuantizeParams) -> Grid:
     """The grid of every linear."""
     if params.normal_float:
-        double = params.method == "qlora" and params.qlora.double_quantization
+        double = {"qlora": params.qlora, "lq-lora": params.lq_lora}.get(params.method)
+        double = double is not None and double.double_quantization
         return NormalFloat(params.bits, params.group_size, double=double)
     return Grid(params.bits, params.group_size, params.symmetric)
 
@@ -35,6 +36,13 @@ def values(codes: Tensor, s: Tensor, z: Tensor | None, grid: Grid) -> Tensor:
         return normal_float.decode(codes, s, grid)
     assert z is not None
     return affine.decode(codes, s, z, grid)
+
+
+def packed_bits(shape: tuple[int, ...], grid: Grid) -> int:
+    """Bits that the codes, scales and zero points of a weight of `shape` (out, in) take as they are stored."""
+    with torch.device("meta"):
+        linear = PackedLinear(shape[1], shape[0], grid, False, torch.float32)
+    return 8 * sum(buffer.nbytes for buffer in linear.buffers())
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ from torch.nn import functional as F
 from apiq.blocks.activations import Batch
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Problem, Solution
-from apiq.grids.affine import Grid, clipped, encode, extrema, fake_quantize
+from apiq.grids.affine import Grid, clipped, encode, extrema
+from apiq.grids.soft import soft_quantize
 from apiq.layers.fake_quant import START
 from apiq.layers.packed import PackedLinear
+from apiq.methods.annealing import annealed
 from apiq.methods.descent import Objective, descend
 from apiq.methods.equivalent import Pair, pairs, put, transformed
 from apiq.methods.flat import Group, names
@@ -54,8 +56,11 @@ class Omniquant:
         ranges = [parameter for fake in fakes.values() for parameter in (fake.gamma, fake.beta)]
         groups = [Group(ranges, params.lr_theta, params.decay_theta), Group(logs, params.omniquant.lr_transform, 0.0)]
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
-        objective = Objective(loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale)
-        trace = descend(groups, objective, params, problem.seed, report)
+        with annealed(fakes.values(), params) as anneal:
+            objective = Objective(
+                loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale, anneal
+            )
+            trace = descend(groups, objective, params, problem.seed, report)
         quantized, others = _unwrap(problem, found, fakes, logs)
         return Solution(
             quantized,
@@ -77,6 +82,7 @@ class TransformedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.grid = linear.in_features, linear.out_features, grid
         self.original, self.reads, self.writes = linear, reads, writes
+        self.temperature = 0.0  # of soft rounding, while it is annealed
         shape = (linear.out_features, grid.groups(linear.in_features))
         self.gamma = nn.Parameter(torch.full(shape, START, device=linear.weight.device))
         self.beta = nn.Parameter(torch.full(shape, START, device=linear.weight.device))
@@ -91,7 +97,8 @@ class TransformedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """Q r / c (out, in), differentiable, in the dtype of W."""
         W = self.transformed()
-        Q = fake_quantize(W, *clipped(self.gamma, self.beta, *extrema(W, self.grid), self.grid), self.grid)
+        s, z = clipped(self.gamma, self.beta, *extrema(W, self.grid), self.grid)
+        Q = soft_quantize(W, s, z, self.grid, self.temperature)
         Q = Q if self.reads is None else Q * (-self.reads).exp()
         Q = Q if self.writes is None else Q * self.writes.exp().unsqueeze(-1)
         return Q.to(self.original.weight.dtype)

@@ -12,6 +12,14 @@ from apiq.planning.step import Pass
 
 FLOAT = 4
 """Bytes of a float32, in which everything that is trained and its AdamW moments are kept."""
+FITTED = frozenset({"apiq-bw", "apiq-lw", "omniquant"})
+"""Methods that descend on gradients."""
+MOMENTS = {"gptq": 6, "gptq-lora": 6, "awq": 4, "closed-form": 8}
+"""Matrices of the second moments (in, in) of one linear that a method holds: sums, Hessian, factors, inverse."""
+DECOMPOSED = 8
+"""Matrices of the size of the largest linear while loftq and lq-lora decompose it: W, what is left, U, V, workspace."""
+TRANSFORMED = 3
+"""Weights of all linears that omniquant keeps for its backward pass beside W: W c, Q and Q / c."""
 GUARD = 3
 """Copies that `apiq.methods.descent` keeps of the last good state: the parameters and their two moments."""
 PACKING = 25
@@ -44,30 +52,35 @@ class BlockSizes:
     """Parameters in tensors of less than SMALL bytes each, in the precision in which they are computed with."""
 
 
-def solver(block: BlockSizes, work: Pass, passing: int, weight_bytes: int, fitted: bool) -> dict[str, int]:
+def solver(method: str, block: BlockSizes, work: Pass, passing: int, weight_bytes: int) -> dict[str, int]:
     """Bytes on the device to quantize one block.
 
     The weights in the precision in which they are computed with, the extrema and clipping parameters (low, high,
     gamma, beta) of each group, adapters in float32, the moments of AdamW with their guard, and the largest of
     a step (the activations kept for backward, gradients and temporaries), a pass of many windows without gradients,
-    and the packing of a linear at the end.
+    and the packing of a linear at the end. Methods that are not FITTED hold second moments instead, or nothing.
 
     Args:
+        method: quantize.method.
         block: sizes of the largest block.
         work: one step on a batch.
         passing: bytes alive in a pass without gradients.
         weight_bytes: bytes of a weight while it is computed with.
-        fitted: whether anything is trained; rounding to nearest only packs.
     """
-    packing = PACKING * block.largest
-    if not fitted:
-        return {"block": block.weights * weight_bytes, "step": max(passing, packing)}
-    trained = 2 * block.groups + block.adapter
+    largest, weights = PACKING * block.largest, block.weights * weight_bytes
+    if method in ("loftq", "lq-lora"):
+        largest = max(largest, FLOAT * DECOMPOSED * block.largest)
+    if method not in FITTED:
+        moments = FLOAT * MOMENTS.get(method, 0) * block.widest**2
+        return {"block": weights, "moments": moments, "step": max(passing, largest)}
+    adapter = 0 if method == "omniquant" else block.adapter
+    trained = 2 * block.groups + adapter
+    kept = FLOAT * TRANSFORMED * block.weights if method == "omniquant" else 0
     return {
-        "block": block.weights * weight_bytes,
-        "grids and adapters": FLOAT * (4 * block.groups + block.adapter),
+        "block": weights,
+        "grids and adapters": FLOAT * (4 * block.groups + adapter),
         "optimizer": FLOAT * (2 + GUARD) * trained,
-        "step": max(work.peak, passing, packing),
+        "step": max(work.peak + kept, passing, largest),
     }
 
 

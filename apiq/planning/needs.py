@@ -11,7 +11,6 @@ import torch
 
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
-from apiq.methods import build
 from apiq.params import Params
 from apiq.planning import memory
 from apiq.planning.machine import Machine
@@ -52,9 +51,13 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     weight = weight_bytes(setting.compute, shapes.storage)
     one = memory.activations(params.calibration.windows, params.calibration.length, shapes.width, item)
     copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
-    sets = int(one * copies)
-    solver = memory.solver(setting.sizes, setting.fitting, setting.passing, weight, build(params.quantize).calibrated)
-    home = memory.home(params.quantize.activations, COPIES * one, machine.gpu, machine.ram)
+    surveyed = method == "lq-lora" and params.quantize.calibrated
+    reckoned = len(shapes.blocks.modules) + 2 if surveyed else COPIES
+    sets = int(one * (max(copies, reckoned) if surveyed else copies))
+    solver = memory.solver(method, setting.sizes, setting.fitting, setting.passing, weight)
+    if surveyed:
+        solver["gradients"] = 2 * memory.FLOAT * setting.sizes.weights
+    home = memory.home(params.quantize.activations, reckoned * one, machine.gpu, machine.ram)
     embeddings = weight * sum(value.numel() for value in shapes.outside().values())
     gpu, at_work = (None, dict(solver)) if machine.gpu is None else (dict(solver), {})
     if home == "gpu" and gpu is not None:

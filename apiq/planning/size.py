@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from apiq.adapters.injection import Adapters, model_state
+from apiq.adapters.targets import Shapes
 from apiq.adapters.targets import shapes as linear_shapes
 from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears, replace
 from apiq.checkpoint.accounting import PARTS, Bits
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.writing import stored
+from apiq.grids.affine import Grid
 from apiq.layers.packed import SCALE_PARTS, PackedLinear
 from apiq.methods import build
-from apiq.methods.grid import grid_of
+from apiq.methods.budget import Candidate
+from apiq.methods.grid import grid_of, packed_bits
+from apiq.methods.lq_lora import candidate_grids, divided
 from apiq.params import QuantizeParams
 from apiq.planning.outline import Outline
 
@@ -88,18 +92,34 @@ class PackedBlock:
 def packed_block(block: nn.Module, params: QuantizeParams, storage: torch.dtype) -> PackedBlock:
     """Pack a block of the meta device as `apiq.blocks.walk.deploy` does; `block` stays as it is."""
     block = copy.deepcopy(block)
-    grid, found = grid_of(params), linears(block)
+    found = linears(block)
+    shapes = linear_shapes(found)
+    grids = _grids(shapes, params)
     with torch.device("meta"):
         for name, linear in found.items():
-            packed = PackedLinear(linear.in_features, linear.out_features, grid, linear.bias is not None, storage)
-            replace(block, name, packed)
+            grid, biased = grids[name], linear.bias is not None
+            replace(block, name, PackedLinear(linear.in_features, linear.out_features, grid, biased, storage))
     tensors = {name: _stored(name, value, storage) for name, value in block.state_dict().items()}
     adapters: dict[str, Tensor] = {}
-    shapes = linear_shapes(found)
     if build(params).adapted:
         state = Adapters(block, params, shapes, seed=0).state()
         adapters = {name: stored(value, storage) for name, value in state.items()}
     return PackedBlock(block, shapes, tensors, adapters)
+
+
+def _grids(shapes: Shapes, params: QuantizeParams) -> dict[str, Grid]:
+    """The grid of each linear; under a target of bits as if each bit of a weight divided its error by 4 everywhere.
+
+    What it really does only the weights tell, but the bits of all linears together are the target either way.
+    """
+    if params.method != "lq-lora" or params.lq_lora.target_bits is None:
+        return dict.fromkeys(shapes, grid_of(params))
+    options, offers = candidate_grids(params), {}
+    for name, shape in shapes.items():
+        weights, sizes = math.prod(shape), [packed_bits(shape, grid) for grid in options]
+        offers[name] = [Candidate(size, weights * 4.0 ** (-size / weights)) for size in sizes]
+    chosen = divided(offers, params.lq_lora.target_bits, sum(math.prod(shape) for shape in shapes.values()))
+    return {name: options[number] for name, number in chosen.items()}
 
 
 def result_size(outline: Outline, params: QuantizeParams) -> Result:

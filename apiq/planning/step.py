@@ -87,8 +87,8 @@ def _fake(
     device: torch.device,
 ) -> Iterator[tuple[Callable[[], Tensor], list[Tensor]]]:  # fmt: skip
     """A forward of `block` on tensors without data, and the tensors that are there before it."""
-    largest = max(parameter.numel() for parameter in block.parameters())
-    with FakeTensorMode() as mode, _precision(device, compute), _coarser(largest // PIECES):
+    largest = max(value.numel() for value in [*block.parameters(), *block.buffers()])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _precision(device, compute), _coarser(largest // PIECES):
         for name, value in [*block.named_parameters(), *block.named_buffers()]:
             empty = torch.empty(value.shape, dtype=_dtype(value, weights), device=device)
             kept = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty

@@ -16,6 +16,7 @@ from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.params import FinetuneParams, QuantizeParams
 from apiq.planning.forecast import Costs, fit, two_sizes
 from apiq.planning.machine import standing
+from apiq.planning.memory import FITTED
 from apiq.planning.outline import Outline
 from apiq.planning.size import packed_block
 from apiq.planning.step import Pass
@@ -85,7 +86,7 @@ class Calibration:
     def _narrowing(self) -> int:
         """How many times narrower the trial must be so that packing its block does not take all the time."""
         linear = nn.Linear(SAMPLE, SAMPLE, bias=False, device=self.device)
-        fake = FakeQuantLinear(linear, Grid(self.params.bits, self.params.group_size, self.params.symmetric))
+        fake = FakeQuantLinear(linear, Grid(self.params.bits, self.params.group_size, False))
         fake.packed()
         begin = time.process_time()
         fake.packed()
@@ -106,7 +107,7 @@ class Calibration:
         few = trial.quantize(shape, shape[0], 0)[0].seconds
         many = trial.quantize(shape, batches * shape[0], 0)[0].seconds if batches > 1 else few
         fitted, block = trial.quantize(shape, batches * shape[0], epochs)
-        c, p, s = fit(few, many, fitted.seconds, (1, batches), epochs if params.method != "rtn" else 0)
+        c, p, s = fit(few, many, fitted.seconds, (1, batches), epochs if params.method in FITTED else 0)
         spread = _spread(fitted.epochs)
         weights = _weights(self.outline.blocks.modules[0]) / _weights(trial.meta)
         if factor > 1 or shape != self.shape:

@@ -16,11 +16,11 @@ from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
 from apiq.blocks.unfuse import Experts
-from apiq.grids.affine import Grid
 from apiq.layers.joint import jointly
-from apiq.methods import build
 from apiq.methods.fitting import Fit
+from apiq.methods.grid import grid_of
 from apiq.params import QuantizeParams
+from apiq.planning import memory
 from apiq.planning.memory import SMALL, BlockSizes
 from apiq.planning.size import PackedBlock
 from apiq.planning.step import Pass, count_forward, count_pass
@@ -28,7 +28,7 @@ from apiq.planning.step import Pass, count_forward, count_pass
 
 def block_sizes(block: nn.Module, packed: PackedBlock, params: QuantizeParams, weight_bytes: int) -> BlockSizes:
     """The sizes of a block on the meta device."""
-    grid, found = Grid(params.bits, params.group_size, params.symmetric), linears(block).values()
+    grid, found = grid_of(params), linears(block).values()
     return BlockSizes(
         weights=sum(parameter.numel() for parameter in block.parameters()),
         groups=sum(linear.out_features * grid.groups(linear.in_features) for linear in found),
@@ -59,14 +59,15 @@ def passing(
 
 
 def _fitted(block: nn.Module, call: BlockCall, params: QuantizeParams) -> nn.Module:
-    """A copy of a block with all that the method trains in it."""
+    """A copy of a block with all that a fitting method trains in it; omniquant trains the ranges alone."""
     block = _evenly_routed(copy.deepcopy(block))
-    if build(params).calibrated:
+    if params.method in memory.FITTED:
         problem = Problem(
             index=0, block=block, call=call, X=None, Xq=None, targets=None, counted=None, seed=0,
             autocast=contextlib.nullcontext, report=lambda share, loss, detail: None,
         )  # fmt: skip
-        Fit(problem, params)
+        ranges_alone = {"adapter": "none"} if params.method == "omniquant" else {}
+        Fit(problem, params.model_copy(update=ranges_alone))
     return block
 
 

@@ -62,10 +62,10 @@ def block_shapes(quantized: Path, model: Path | None, block: int) -> tuple[int, 
         )
     number = block % count
     in_block = [f"{prefix}{number}.{name}" for name in config["linears"]]
-    return number, [_shape(name, linear(quantized, name), _weight(model, name), config["bits"]) for name in in_block]
+    return number, [_shape(name, linear(quantized, name), _weight(model, name)) for name in in_block]
 
 
-def _shape(name: str, found: LinearWeights, W: Tensor | None, bits: int) -> LinearShape:
+def _shape(name: str, found: LinearWeights, W: Tensor | None) -> LinearShape:
     weights = {"Q": found.Q} if W is None else {"W": W, "Q": found.Q}
     adapters: dict[str, Tensor] = {}
     if found.A is not None and found.B is not None:
@@ -75,7 +75,7 @@ def _shape(name: str, found: LinearWeights, W: Tensor | None, bits: int) -> Line
         name,
         _histograms(weights),
         _histograms(adapters),
-        torch.bincount(found.codes.flatten().long(), minlength=2**bits).numpy() / found.codes.numel(),
+        torch.bincount(found.codes.flatten().long(), minlength=2**found.grid.bits).numpy() / found.codes.numel(),
         None if W is None else float((W - found.Q).norm() / W.norm()),
         None if W is None or not adapters else float((W - found.Q - weights["A Bᵀ"]).norm() / W.norm()),
     )

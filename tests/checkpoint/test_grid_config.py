@@ -2,7 +2,7 @@
 
 import pytest
 
-from apiq.checkpoint.grid_config import described, grid_of
+from apiq.checkpoint.grid_config import described, exceptions, grid_for, grid_of
 from apiq.checkpoint.quantizer import ApiqConfig
 from apiq.grids.affine import Grid
 from apiq.grids.normal_float import NormalFloat
@@ -22,3 +22,14 @@ def test_a_grid_is_read_as_it_was_written(grid):
 def test_a_folder_of_format_1_holds_the_affine_grid(symmetric):
     old = {"quant_method": "apiq", "format": 1, "bits": 3, "group_size": 32, "symmetric": symmetric}
     assert grid_of(old) == ApiqConfig(**old, blocks="model.layers", linears=["q"]).grid == Grid(3, 32, symmetric)
+
+
+def test_the_exceptions_are_read_as_they_were_written():
+    usual = Grid(2, 64, False)
+    grids = {f"0.{number}": grid for number, grid in enumerate([usual, *GRIDS, Grid(3, 64, False)])}
+    config = {**described(usual), "exceptions": exceptions(usual, grids)}
+    assert "0.0" not in config["exceptions"]
+    assert config["exceptions"]["0.5"] == {"bits": 3}
+    read = ApiqConfig(**config, blocks="model.layers", linears=["q"])
+    for name, grid in {**grids, "1.0": usual}.items():
+        assert grid_for(config, name) == read.grid_for(name) == ApiqConfig(**read.to_dict()).grid_for(name) == grid

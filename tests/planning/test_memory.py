@@ -13,18 +13,25 @@ WORK = Pass(kept=5000, peak=9000, flops_forward=0, flops=0)
 
 
 def test_a_fitted_block():
-    parts = memory.solver(BLOCK, WORK, passing=700, weight_bytes=2, fitted=True)
+    parts = memory.solver("apiq-bw", BLOCK, WORK, passing=700, weight_bytes=2)
     assert parts["block"] == 2000
     assert parts["grids and adapters"] == 4 * (20 * 4 + 60)
     assert parts["optimizer"] == 4 * 5 * (2 * 20 + 60)  # two moments, three copies of the last good state
     assert parts["step"] == 9000
-    assert memory.solver(BLOCK, WORK, passing=10**5, weight_bytes=2, fitted=True)["step"] == 10**5
+    assert memory.solver("apiq-bw", BLOCK, WORK, passing=10**5, weight_bytes=2)["step"] == 10**5
 
 
 def test_packing_a_large_linear_outweighs_a_small_step():
     small = Pass(kept=0, peak=100, flops_forward=0, flops=0)
-    assert memory.solver(BLOCK, small, 700, 2, fitted=True)["step"] == 25 * 300
-    assert memory.solver(BLOCK, WORK, 700, 2, fitted=False) == {"block": 2000, "step": 25 * 300}
+    assert memory.solver("apiq-bw", BLOCK, small, 700, 2)["step"] == 25 * 300
+    assert memory.solver("rtn", BLOCK, WORK, 700, 2) == {"block": 2000, "moments": 0, "step": 25 * 300}
+
+
+def test_what_other_methods_hold():
+    assert memory.solver("gptq", BLOCK, WORK, 700, 2)["moments"] == 6 * 4 * 30**2
+    ranges = memory.solver("omniquant", BLOCK, WORK, 700, 2)
+    assert ranges["optimizer"] == 4 * 5 * 2 * 20
+    assert ranges["step"] == 9000 + 3 * 4 * 1000
 
 
 def test_activations_and_their_copies():

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from apiq.checkpoint.accounting import effective_bits
+from apiq.method_params import WITHOUT_CALIBRATION
 from apiq.params import ModelParams, QuantizeParams
 from apiq.planning.outline import outline
 from apiq.planning.size import result_size, safetensors_bytes
@@ -21,7 +22,7 @@ def quantized(config, head, params, tmp_path, dtype=torch.float32):
     """A finished folder, and what is foretold from the config.json of its original alone."""
     torch.manual_seed(0)
     getattr(transformers, head)(config).to(dtype).save_pretrained(tmp_path / "original")
-    windows = None if params.method == "rtn" else torch.randint(4, WORDS, (2, 8))
+    windows = None if params.method in WITHOUT_CALIBRATION else torch.randint(4, WORDS, (2, 8))
     quantize(tmp_path / "original", windows, params, tmp_path / "quantized")
     (tmp_path / "outline").mkdir()
     (tmp_path / "original" / "config.json").rename(tmp_path / "outline" / "config.json")
@@ -53,6 +54,9 @@ def test_the_bits_and_the_files_of_every_family(family, tmp_path):
         ({"adapter": "pissa", "rank": 4}, torch.float32),
         ({"adapter": "vera", "rank": 8}, torch.bfloat16),
         ({"adapter": "houlsby", "rank": 4}, torch.float32),
+        ({"method": "qlora", "bits": 4, "rank": 4}, torch.bfloat16),
+        ({"method": "loftq", "bits": 2, "rank": 4}, torch.float32),
+        ({"method": "gptq-lora", "bits": 3, "rank": 4}, torch.float32),
     ],
 )
 def test_the_bits_with_adapters_and_the_bytes_of_the_folder(values, dtype, tmp_path):

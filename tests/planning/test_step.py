@@ -89,8 +89,8 @@ def test_what_is_kept_is_what_autograd_keeps_in_the_real_block():
     assert work.kept == pytest.approx(real_saved(block, call, shape), rel=0.1)
 
 
-@pytest.mark.parametrize("family", ZOO)
-def test_a_pass_of_every_family_is_counted(family):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "deberta_v2", "mixtral", "qwen2_moe"])
+def test_a_pass_of_every_kind_of_block_is_counted(family):
     config = copy.deepcopy(ZOO[family].config)
     config.architectures = [ZOO[family].head]
     model, blocks = probe(config)

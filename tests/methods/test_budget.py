@@ -1,0 +1,78 @@
+"""The budget is divided as well as by trying every choice, and is never overdrawn."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apiq.methods.budget import GAP, BudgetTooSmall, Candidate, allocate
+
+CANDIDATES = st.lists(
+    st.builds(Candidate, st.integers(1, 50), st.floats(0, 100, allow_subnormal=False)), min_size=3, max_size=3
+)
+
+
+def spent(candidates, chosen):
+    picked = [candidates[name][number] for name, number in chosen.items()]
+    return sum(each.size for each in picked), sum(each.cost for each in picked)
+
+
+def best_by_trying(candidates, budget, tied=()):
+    costs = []
+    for numbers in itertools.product(range(3), repeat=len(candidates)):
+        chosen = dict(zip(candidates, numbers, strict=True))
+        size, cost = spent(candidates, chosen)
+        if size <= budget and all(len({chosen[name] for name in names}) == 1 for names in tied):
+            costs.append(cost)
+    return min(costs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(CANDIDATES, min_size=1, max_size=5), st.floats(0, 1), st.booleans())
+def test_it_costs_as_little_as_the_best_of_all_choices(offers, share, tie):
+    candidates = {f"{number}.linear": offer for number, offer in enumerate(offers)}
+    tied = [list(candidates)[:2]] if tie else []
+    least, most = (
+        sum(
+            bound(sum(candidates[name][c].size for name in names) for c in range(3))
+            for names in [*tied, *([name] for name in candidates if not any(name in names for names in tied))]
+        )
+        for bound in (min, max)
+    )
+    budget = least + share * (most - least)
+    chosen = allocate(candidates, budget, tied)
+    size, cost = spent(candidates, chosen)
+    assert size <= budget
+    assert all(len({chosen[name] for name in names}) == 1 for names in tied)
+    top = max(each.cost for offer in offers for each in offer) * max(1, len(tied[0]) if tied else 1)
+    assert cost <= best_by_trying(candidates, budget, tied) * (1 + GAP) + 1e-5 * top
+
+
+def test_bits_go_where_an_error_costs_most():
+    sizes = (200, 300, 400)
+    candidates = {
+        name: [Candidate(size, weight * 4.0 ** -(size // 100)) for size in sizes]
+        for name, weight in {"dear": 100.0, "usual": 10.0, "cheap": 1.0}.items()
+    }
+    assert allocate(candidates, 900) == {"dear": 2, "usual": 1, "cheap": 0}
+    assert allocate(candidates, 900, tied=[("dear", "cheap")]) == {"dear": 1, "usual": 1, "cheap": 1}
+
+
+def test_a_budget_below_the_smallest_choice_is_refused():
+    with pytest.raises(BudgetTooSmall) as refused:
+        allocate({"a": [Candidate(5, 1.0), Candidate(4, 2.0)], "b": [Candidate(3, 1.0)]}, 6.9)
+    assert refused.value.least == 7
+
+
+def test_hundreds_of_linears_are_divided_at_once():
+    candidates = {
+        f"{number}": [Candidate(1000 * bits + number, (1 + number % 7) * 4.0**-bits) for bits in (2, 3, 4)]
+        for number in range(448)
+    }
+    chosen = allocate(candidates, 448 * 2750)
+    size, cost = spent(candidates, chosen)
+    uniform = spent(candidates, dict.fromkeys(candidates, 0))
+    assert uniform[0] < size <= 448 * 2750
+    assert size > 0.999 * 448 * 2750
+    assert cost < 0.5 * uniform[1]
