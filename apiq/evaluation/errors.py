@@ -51,7 +51,7 @@ class Errors:
     block: int
     """Number of the block, from 0."""
     linear: str
-    """Name in the block, as in `self_attn.q_proj`; BLOCK, the empty one, for the block as a whole."""
+    """Name in the block, as in `self_attn.q_proj`; BLOCK for the block as a whole."""
     weight_norm: float | None = None
     """||W||."""
     weight_error_without: float | None = None
@@ -95,7 +95,7 @@ def errors(
     batch_size: int = 1,
     progress: Progress = silent,
 ) -> Iterator[Errors]:
-    """The errors of every packed linear of a block, then of the block, block after block.
+    """The errors of a block, then of every packed linear in it, block after block.
 
     Args:
         original: the full-precision model, streamed in the dtype of `loaded`.
@@ -117,8 +117,8 @@ def errors(
         if X is not None and Xq is not None:
             both = SideBySide(block, quantized, calls[index], packed)
             X, Xq = both.propagate(X, Xq, batch_size)
-            for name, values in _means(both).items():
-                rows[name] = rows.get(name, {}) | values
+            means = _means(both)
+            rows = {BLOCK: means[BLOCK]} | {name: values | means.get(name, {}) for name, values in rows.items()}
         yield from (Errors(index, name, **values) for name, values in rows.items())
         progress(Step("errors", index + 1, len(deployed), f"block {index + 1}/{len(deployed)}"))
 

@@ -12,7 +12,7 @@ from apiq.blocks.activations import Activations, batches
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.unfuse import Experts
 
-BLOCK = ""
+BLOCK = "block"
 """Stands in the place of a linear's name for the block as a whole."""
 
 

@@ -29,7 +29,7 @@ def sweep_section(sweep: Sweep) -> Section:
     table = sweep.table()
     absent = [f"The cell {sweep.title_of(each)} {_fate(each.status)}: {_line(each.error)}" for each in missing]
     absent += [] if table else ["The sweep has no table.md: run it again."]
-    pictures = [Picture(name, f"{sweep.title}.", sweep.figure)] if sweep.figure else []
+    pictures = [Picture(name, sweep.caption or f"{sweep.title}.", sweep.figure)] if sweep.figure else []
     listings = [Listing(name, "Our numbers and those of the paper", table)] if table else []
     return Section(name, sweep.title, [sentence, *filter(None, [sweep.about])], pictures, listings, absent)
 

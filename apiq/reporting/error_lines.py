@@ -43,7 +43,7 @@ def activation_panels(errors: Sequence[LinearErrors]) -> dict[str, list[Line]]:
         ("quantized, full-precision input", METHOD, True, lambda row: row.activation_error_own),
         ("quantized", METHOD, False, lambda row: row.activation_error_accumulated),
     ]
-    return _panels(sorted(errors, key=lambda row: row.kind != BLOCK), wanted)
+    return _panels(errors, wanted)
 
 
 def gains(errors: Sequence[LinearErrors]) -> dict[str, tuple[tuple[int, float], ...]]:

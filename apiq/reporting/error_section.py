@@ -12,6 +12,8 @@ from apiq.reporting.gather import Run
 from apiq.reporting.parts import Drawing, Listing, Section
 
 TITLE = "Errors of weights and activations"
+FACTORS = ("awq", "omniquant")
+"""Methods that move factors between the linears and norms of a block."""
 MEASURES = {
     "weight, rounded": (BASELINE, lambda row: row.weight_error, lambda row: row.weight_norm),
     "without adapters": (METHOD, lambda row: row.weight_error_without, lambda row: row.weight_norm),

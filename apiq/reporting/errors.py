@@ -17,7 +17,7 @@ MEASURED = (
     "activation_error_accumulated",
 )
 BLOCK = "block"
-"""The kind of the output of a block, among the kinds of linears."""
+"""What stands in the place of a linear for the output of the block."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_errors(path: Path) -> tuple[LinearErrors, ...]:
         LinearErrors(
             row["model"],
             int(records.value(path, row, "block") or 0),
-            re.sub(r"\.\d+(?=\.)", "", row["linear"]) or BLOCK,
+            re.sub(r"\.\d+(?=\.)", "", row["linear"]),
             *(records.value(path, row, column) for column in MEASURED),
         )
         for row in records.rows(path, ("model", "block", "linear", *MEASURED))

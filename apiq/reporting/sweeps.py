@@ -43,6 +43,8 @@ class Sweep(BaseModel):
     """What of the paper it repeats, as in `Table 2`."""
     about: str = ""
     """What it asks."""
+    caption: str = ""
+    """What is to be seen in its figure."""
     axes: tuple[str, ...] = ()
     """What cells are told apart by, in the order of the file."""
     cells: tuple[SweepCell, ...]

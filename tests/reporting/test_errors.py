@@ -6,14 +6,15 @@ from apiq.errors import ApiqError
 from apiq.evaluation.errors import Errors, write_errors
 from apiq.reporting import drawing, error_figures
 from apiq.reporting.error_lines import Line, activation_panels, gains, mean_share, weight_panels
-from apiq.reporting.error_section import errors_table
+from apiq.reporting.error_section import error_section, errors_table
 from apiq.reporting.errors import BLOCK, read_errors
+from apiq.reporting.gather import Folders, Run
 
 FOUND = {
-    "rtn": [Errors(0, "mlp.up", 4.0, 3.0, None, 2.0, 0.5, 1.0), Errors(0, "", None, None, None, 2.0, 0.5, 1.5)],
+    "rtn": [Errors(0, "block", None, None, None, 2.0, 0.5, 1.5), Errors(0, "mlp.up", 4.0, 3.0, None, 2.0, 0.5, 1.0)],
     "quantized": [
+        Errors(0, "block", None, None, None, 2.0, 0.25, 0.75),
         Errors(0, "mlp.up", 4.0, 2.0, 1.0, 2.0, 0.25, 0.5),
-        Errors(0, "", None, None, None, 2.0, 0.25, 0.75),
         Errors(1, "mlp.up", 8.0, 2.0, float("inf"), 2.0, 0.25, 0.5),
     ],
 }
@@ -27,10 +28,10 @@ def errors(tmp_path):
 
 def test_what_was_measured_is_read(errors):
     assert [(row.model, row.block, row.kind) for row in errors] == [
-        ("rtn", 0, "mlp.up"), ("rtn", 0, BLOCK), ("quantized", 0, "mlp.up"), ("quantized", 0, BLOCK),
+        ("rtn", 0, BLOCK), ("rtn", 0, "mlp.up"), ("quantized", 0, BLOCK), ("quantized", 0, "mlp.up"),
         ("quantized", 1, "mlp.up"),
     ]  # fmt: skip
-    assert errors[2].weight_error == 1.0
+    assert errors[3].weight_error == 1.0
     assert errors[4].weight_error_with is None  # infinity is no number to draw
 
 
@@ -65,7 +66,7 @@ def test_experts_of_a_block_are_one_kind_and_their_mean(tmp_path):
 def test_shares_are_means_over_the_blocks(errors):
     assert mean_share(errors, "quantized", "mlp.up", lambda row: row.weight_error, lambda row: row.weight_norm) == 0.25
     assert mean_share(errors, "absent", "mlp.up", lambda row: row.weight_error, lambda row: row.weight_norm) is None
-    up, block = errors_table(errors).groups[0][1]
+    block, up = errors_table(errors).groups[0][1]
     assert [entry.text for entry in up] == ["mlp.up", "0.7500", "0.3750", "0.2500", "0.5000", "0.2500"]
     assert [entry.text for entry in block] == ["block", "—", "—", "—", "0.7500", "0.3750"]
 
@@ -91,6 +92,23 @@ def test_gains_are_named_at_their_right_end():
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["up", "down"]
     assert abs(axes.texts[0].xyann[1] - axes.texts[1].xyann[1]) == pytest.approx(10)
+
+
+def test_what_is_not_drawn_is_told(errors, tmp_path):
+    shown = error_section(Run(Folders(), errors=errors))
+    assert [drawing.name for drawing in shown.drawings] == ["weight_gains", "weight_errors", "activation_errors"]
+    assert shown.absent == []
+    write_errors(tmp_path / "weights.csv", {"quantized": [Errors(0, "up", 4.0, 2.0)]})
+    run = Run(Folders(), quantization={"method": "awq"}, errors=read_errors(tmp_path / "weights.csv"))
+    shown = error_section(run)
+    assert [drawing.name for drawing in shown.drawings] == ["weight_errors"]
+    assert [sentence.split(":")[0] for sentence in shown.absent] == [
+        "Rounding to nearest was not measured",
+        "No activations were compared",
+        "Factors that the method moved between linears and norms are in the errors of these linears.",
+    ]
+    shown = error_section(Run(Folders()))
+    assert (shown.drawings, shown.absent) == ((), ["evaluate.errors is off: none were measured."])
 
 
 @pytest.mark.parametrize(
