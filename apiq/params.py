@@ -166,6 +166,10 @@ class EvaluateParams(Section):
     """Corpora by the name that they carry in the tables."""
     rtn: bool = True
     """Measure the model rounded to nearest on the same grid too: what the method has to regain."""
+    errors: bool = True
+    """Measure the errors of weights and activations, linear by linear (Figures 3 and 4 of the paper)."""
+    error_windows: Positive = 32
+    """Windows of the first corpus of perplexity on which activations are compared; no method was fitted on them."""
     tasks: list[str] = Field(default_factory=list)
     """Names of lm-eval tasks, built in or described by the YAML files of task_folder."""
     task_folder: str | None = None

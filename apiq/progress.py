@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,8 @@ Progress = Callable[[Step], None]
 
 def silent(step: Step) -> None:
     """Report nothing."""
+
+
+def naming(name: str, progress: Progress) -> Progress:
+    """`progress` with `name` before every detail."""
+    return lambda step: progress(replace(step, detail=f"{name}: {step.detail}"))

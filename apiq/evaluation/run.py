@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from apiq.calibration.windows import consecutive_windows, tokenize
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import perplexity, refuse
 from apiq.params import EvaluateParams
-from apiq.progress import Progress, Step, silent
+from apiq.progress import Progress, naming, silent
 
 DIGITS = 6
 """Significant digits of what is written down: beyond them the order of additions shows."""
@@ -61,7 +60,7 @@ def compare(
     bench, results = _Bench(params), {}
     for name, load in models.items():
         loaded = load()
-        results[name] = rounded(bench.measure(loaded.model, loaded.tokenizer, _naming(name, progress)))
+        results[name] = rounded(bench.measure(loaded.model, loaded.tokenizer, naming(name, progress)))
         del loaded
         gc.collect()
         if torch.cuda.is_available():
@@ -70,9 +69,9 @@ def compare(
 
 
 def metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers of `compare` alone, as DVC compares them: model, then perplexity or tasks, then name."""
-    kinds = ("perplexity", "tasks")
-    return {name: {kind: result[kind] for kind in kinds if result[kind]} for name, result in results.items()}
+    """The numbers of `results` alone, as DVC compares them: model, then perplexity, tasks or errors, then name."""
+    kinds = ("perplexity", "tasks", "errors", "effective_bits")
+    return {name: {kind: result[kind] for kind in kinds if result.get(kind)} for name, result in results.items()}
 
 
 def rounded(value: Any) -> Any:
@@ -99,7 +98,7 @@ class _Bench:
         for each in windows.values():
             refuse(model, each)  # all of them before hours are spent on the first
         values = {
-            name: perplexity(model, each, self._params.batch_size, _naming(name, progress))
+            name: perplexity(model, each, self._params.batch_size, naming(name, progress))
             for name, each in windows.items()
         }
         tasks = self._run_tasks(model, tokenizer, progress)
@@ -150,10 +149,3 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """What decides the tokens of a text: fast tokenizers tell it all, of a slow one only this object is like it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else str(id(tokenizer))
-
-
-def _naming(name: str, progress: Progress) -> Progress:
-    def report(step: Step) -> None:
-        progress(dataclasses.replace(step, detail=f"{name}: {step.detail}"))
-
-    return report

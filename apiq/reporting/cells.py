@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,25 @@ def markdown(table: Table, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_markdown(text: str) -> Table:
+    """The table that `markdown` wrote; what stood behind or below a text has become a part of it.
+
+    Raises:
+        ValueError: it is no such table.
+    """
+    notes = {f"[{place}]": _read(why) for place, why in re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)}
+    rows = [line[2:-2].split(" | ") for line in text.split("\n") if line.startswith("| ")]
+    if len(rows) < 2 or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("not all rows are as long as the head")
+    groups: list[tuple[str, list[Row]]] = [("", [])]
+    for name, *others in rows[2:]:
+        if name.startswith("**") and not any(others):
+            groups.append((_read(name[2:-2]), []))
+        else:
+            groups[-1][1].append(tuple(_unmarked(entry, notes) for entry in (name, *others)))
+    return Table(tuple(map(_read, rows[0])), tuple((name, tuple(each)) for name, each in groups if name or each))
+
+
 def _line(entries: Iterable[str]) -> str:
     return f"| {' | '.join(entries)} |"
 
@@ -77,3 +97,12 @@ def _marked(entry: Cell, notes: Mapping[str, int]) -> str:
 
 def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _unmarked(entry: str, notes: Mapping[str, str]) -> Cell:
+    text, _, mark = entry.rpartition(" ")
+    return Cell(_read(text), why=notes[mark]) if mark in notes else Cell(_read(entry))
+
+
+def _read(text: str) -> str:
+    return text.replace("\\|", "|").replace("&lt;", "<")

@@ -27,6 +27,8 @@ WIDE, NARROW = 7.6, 3.6
 
 SVG = "http://www.w3.org/2000/svg"
 LINK = "{http://www.w3.org/1999/xlink}href"
+BACKGROUND = f'<rect width="100%" height="100%" fill="{colour("paper")}"/>'
+"""Stands behind a figure in a file of its own; in the page there is one already."""
 FONTS = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 STYLE: dict[RcKeyType, Any] = {
     "axes.axisbelow": True,
@@ -151,8 +153,7 @@ def svg(figure: Figure) -> str:
 
 def save(figure: Figure, document: str, path: Path) -> None:
     """Write `document`, the SVG of `figure`, as `path`.svg on white, and the figure as `path`.png."""
-    background = f'<rect width="100%" height="100%" fill="{colour("paper")}"/>'
-    write_text(path.with_suffix(".svg"), re.sub(r"(<svg\b[^>]*>)", rf"\1\n {background}", document, count=1))
+    write_text(path.with_suffix(".svg"), re.sub(r"(<svg\b[^>]*>)", rf"\1\n {BACKGROUND}", document, count=1))
     with _style():
         figure.savefig(path.with_suffix(".png"), dpi=160, facecolor=colour("paper"), metadata={"Software": None})
 

@@ -70,7 +70,7 @@ def block_losses(losses: Sequence[BlockLoss], width: float) -> Figure:
             style = {"color": colour(role), "markerfacecolor": colour(face), "markersize": size, "linestyle": ""}
             axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
     axes.set_yscale("log")
-    _plain(axes)
+    plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8 if width <= NARROW else 16))
     axes.set_xlim(-0.5, len(losses) - 0.5)
     axes.set_xlabel("block")
@@ -96,7 +96,7 @@ def loss_curves(curves: Sequence[Curve], width: float) -> Figure:
             panel.plot(curve.epochs, curve.losses, marker=mark, ms=4, color=ramp(index, len(lines)), linewidth=1.2)
         panel.set_yscale("log")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6 if columns == 1 else 3))
-        _plain(panel)
+        plain(panel)
         _name_lines(panel, lines, height, few=len(groups) > 1)
     for place, (panel, group) in enumerate(zip(axes, groups, strict=False)):
         panel.tick_params(labelbottom=place + columns >= len(groups), labelsize=8 if len(groups) == 1 else 7)
@@ -190,7 +190,7 @@ def role(model: str) -> str:
     return model if model in ("full", "quantized", "finetuned") else "baseline"
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
     """Ticks of a log axis as numbers, also where it spans less than a decade."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=6))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from apiq.errors import ApiqError
 from apiq.files import read_json
+from apiq.reporting import records
+from apiq.reporting.errors import LinearErrors, read_errors
+from apiq.reporting.sweeps import Sweep, read_sweeps
 from apiq.reporting.units import known
 
 PHASES = ("model", "calibration", "quantize", "refine", "finetune", "evaluate")
@@ -34,6 +35,7 @@ class Folders:
     finetuned: Path | None = None
     evaluation: Path | None = None
     timing: Path | None = None
+    sweeps: Path | None = None
 
     @classmethod
     def below(cls, data: str | Path) -> Folders:
@@ -82,6 +84,9 @@ class Run:
     training: TrainingLog | None = None
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Model (full, quantized, finetuned, ...) -> {perplexity: {text: value}, tasks: {task: {metric: value}}}."""
+    errors: Sequence[LinearErrors] = ()
+    """Of weights and activations, by model, block and linear."""
+    sweeps: Sequence[Sweep] = ()
     timing: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Phase -> seconds, cpu_seconds, peak_memory_mb, peak_gpu_memory_mb."""
     absent: Mapping[str, str] = field(default_factory=dict)
@@ -109,6 +114,7 @@ def gather(folders: Folders) -> Run:
     losses = content("curves", folders.quantized, "losses.csv", "quantization")
     log = content("finetuned", folders.finetuned, "log.csv", "finetuning")
     evaluation = content("evaluation", folders.evaluation, "metrics.json", "evaluation")
+    errors = content("errors", folders.evaluation, "errors.csv", "evaluation")
     quantization = read_json(metrics) if metrics else {}
     return Run(
         folders=folders,
@@ -118,6 +124,8 @@ def gather(folders: Folders) -> Run:
         curves=_curves(losses) if losses else (),
         training=_training(log) if log else None,
         evaluation=read_json(evaluation) if evaluation else {},
+        errors=read_errors(errors) if errors else (),
+        sweeps=read_sweeps(folders.sweeps) if folders.sweeps else (),
         timing=_timing(folders.timing),
         absent=absent,
     )
@@ -147,8 +155,8 @@ def _blocks(rows: Sequence[Mapping[str, Any]]) -> tuple[BlockLoss, ...]:
 
 def _curves(path: Path) -> tuple[Curve, ...]:
     points: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for row in _rows(path, ("block", "name", "epoch", "loss")):
-        block, epoch, loss = (_value(path, row, column) for column in ("block", "epoch", "loss"))
+    for row in records.rows(path, ("block", "name", "epoch", "loss")):
+        block, epoch, loss = (records.value(path, row, column) for column in ("block", "epoch", "loss"))
         if block is not None and epoch is not None and loss is not None:
             points.setdefault((int(block), row["name"]), []).append((epoch, loss))
     return tuple(
@@ -159,28 +167,10 @@ def _curves(path: Path) -> tuple[Curve, ...]:
 
 def _training(path: Path) -> TrainingLog:
     columns: dict[str, list[tuple[float, float]]] = {"loss": [], "held_out_loss": []}
-    for row in _rows(path, ("step", *columns)):
-        step = _value(path, row, "step")
+    for row in records.rows(path, ("step", *columns)):
+        step = records.value(path, row, "step")
         for column, points in columns.items():
-            loss = _value(path, row, column)
+            loss = records.value(path, row, column)
             if step is not None and loss is not None:
                 points.append((step, loss))
     return TrainingLog(tuple(columns["loss"]), tuple(columns["held_out_loss"]))
-
-
-def _rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ApiqError(f"{path} is damaged: it has no column {missing[0]}.")
-        return list(reader)
-
-
-def _value(path: Path, row: Mapping[str, str], column: str) -> float | None:
-    """The number in a cell; None where it is empty or not finite."""
-    try:
-        value = float(row[column] or "nan")
-    except (TypeError, ValueError):
-        raise ApiqError(f"{path} is damaged: {row[column]!r} in column {column} is not a number.") from None
-    return value if known(value) else None

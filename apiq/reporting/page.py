@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from apiq.files import new_folder, write_text
 from apiq.reporting import drawing, palette, provenance, results
 from apiq.reporting.cells import markdown
 from apiq.reporting.gather import Folders, Run, gather
-from apiq.reporting.sections import Drawing, Section, sections
+from apiq.reporting.parts import Drawing, Picture, Section
+from apiq.reporting.sections import sections
 from apiq.reporting.units import duration, known, nats, number
 
 PAGE = "report.html"
@@ -59,14 +62,28 @@ def report(
     return Path(out) / PAGE
 
 
-def _draw(figure: Drawing, folder: Path) -> str:
+def _draw(figure: Drawing | Picture, folder: Path) -> str:
     """Save a figure, and give it for the page: drawn for a wide and for a narrow screen, of which one is shown."""
+    if isinstance(figure, Picture):
+        return _copy(figure, folder)
     wide, narrow = (figure.draw(width) for width in (drawing.WIDE, drawing.NARROW))
     documents = {"wide": drawing.svg(wide), "narrow": drawing.svg(narrow)}
     drawing.save(wide, documents["wide"], folder / figure.name)
     return "\n".join(
         drawing.inline(document, f"{figure.name}-{kind}", kind, figure.caption) for kind, document in documents.items()
     )
+
+
+def _copy(picture: Picture, folder: Path) -> str:
+    """The same for a figure that is there already, and is shown on every screen."""
+    for path in (picture.svg, picture.svg.with_suffix(".png")):
+        if path.is_file():
+            shutil.copyfile(path, folder / f"{picture.name}{path.suffix}")
+    try:
+        document = picture.svg.read_text(encoding="utf-8").replace(drawing.BACKGROUND, "", 1)
+        return drawing.inline(document, picture.name, "any", picture.caption)
+    except (ElementTree.ParseError, UnicodeDecodeError):
+        raise ApiqError(f"{picture.svg} is damaged: it is not SVG; run the sweep again.") from None
 
 
 def _html(title: str, run: Run, content: list[Section], drawn: dict[str, str]) -> str:

@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from apiq.errors import ApiqError
 from apiq.reporting import figures, histograms, provenance, results, tables
-from apiq.reporting.cells import Table
+from apiq.reporting.comparisons import pareto_section, sweep_section
+from apiq.reporting.error_section import error_section
 from apiq.reporting.gather import MANIFESTS, PHASES, Run
+from apiq.reporting.parts import Drawing, Listing, Section
 from apiq.reporting.units import known
 from apiq.reporting.weights import LinearShape, block_shapes
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that can be drawn at any width."""
-
-    name: str
-    """Its file name without an ending."""
-    caption: str
-    draw: Callable[[float], Figure]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A table with its name."""
-
-    name: str
-    """Its file name without an ending."""
-    title: str
-    table: Table
-    folded: bool = False
-    """Whether the reader opens it by a click."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it, in this order."""
-
-    name: str
-    title: str
-    sentences: Sequence[str] = ()
-    drawings: Sequence[Drawing] = ()
-    listings: Sequence[Listing] = ()
-    absent: Sequence[str] = field(default=())
-    """Sentences that say what is not here and why."""
 
 
 def sections(run: Run, histogram_block: int, parameters: Mapping[str, Mapping[str, Any]]) -> list[Section]:
@@ -61,11 +25,14 @@ def sections(run: Run, histogram_block: int, parameters: Mapping[str, Mapping[st
     return [
         _results(run),
         _blocks(run),
+        error_section(run),
         _weights(run, histogram_block),
         _bits(run),
         _finetuning(run),
         _cost(run),
         _provenance(run, parameters),
+        *map(sweep_section, run.sweeps),
+        pareto_section(run),
     ]
 
 
@@ -121,7 +88,7 @@ def _weights(run: Run, block: int) -> Section:
         return Section("weights", title, absent=[run.absent["quantized"]])
     model, missing = _full_precision(run)
     place, shapes = block_shapes(run.folders.quantized, model, block)
-    sentence = f"All linears of block {place}, as in Figure 5 of the paper."
+    sentence = f"All linears of block {place}, as in Figures 5 and A.2 to A.5 of the paper."
     adapted = any(shape.adapters for shape in shapes)
     drawings = [
         Drawing(
@@ -217,7 +184,7 @@ def _provenance(run: Run, given: Mapping[str, Mapping[str, Any]]) -> Section:
     parameters, origins = provenance.parameters(run, given), provenance.origins(run)
     if parameters:
         table = tables.words_table(parameters, ("parameter", "value"))
-        listings.append(Listing("parameters", "Parameters", table))
+        listings.append(Listing("parameters", "Parameters", table, folded=True))
     if origins:
         table = tables.words_table(origins, ("input", "value"))
         listings.append(Listing("inputs", "Inputs and their hashes", table, folded=True))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import apiq.blocks.walk as walk_module
 from apiq.checkpoint.accounting import effective_bits, read_header
 from apiq.checkpoint.loading import load
-from apiq.grids import weighted_search
+from apiq.grids import search
 from apiq.methods import METHODS
 from apiq.params import QuantizeParams
 from apiq.quantization import quantize
@@ -63,7 +63,7 @@ def test_it_runs_and_is_reloaded_or_is_refused(
         with pytest.raises(ValidationError, match=r"(bits|symmetric)\|.*\|"):
             QuantizeParams(**settings)
         return
-    monkeypatch.setattr(weighted_search, "SHARES", (1.0, 0.8, 0.6))
+    monkeypatch.setattr(search, "SHARES", (1.0, 0.8, 0.6))
     blocks, deploy = [], walk_module.deploy
     monkeypatch.setattr(walk_module, "deploy", lambda block, *rest: blocks.append(block) or deploy(block, *rest))
     windows = torch.randint(0, 37, (2, 8), generator=torch.Generator().manual_seed(0))

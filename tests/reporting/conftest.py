@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from apiq.checkpoint.loading import full_precision, load
+from apiq.evaluation.errors import errors, write_errors
 from apiq.models.source import fetch
 from apiq.params import ModelParams, QuantizeParams
 from apiq.quantization import quantize
@@ -67,7 +69,17 @@ def quantized(original, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def data(original, quantized, tmp_path_factory):
+def measured(original, quantized):
+    """The errors of both, as the evaluation measures them."""
+    windows, stream = torch.arange(24).view(3, 8), full_precision(original).stream
+    return {
+        name: list(errors(stream, load(quantized[method], device="cpu"), windows))
+        for name, method in (("rtn", "rtn"), ("quantized", "apiq-bw"))
+    }
+
+
+@pytest.fixture(scope="session")
+def data(original, quantized, measured, tmp_path_factory):
     """The folder that the stages write to, after all of them."""
     folder = tmp_path_factory.mktemp("run") / "data"
     fetch(ModelParams(source=str(original)), folder / "model")
@@ -81,6 +93,7 @@ def data(original, quantized, tmp_path_factory):
         folder / "evaluation/results.json",
         {name: {**values, "protocol": protocol} for name, values in EVALUATION.items()},
     )
+    write_errors(folder / "evaluation/errors.csv", measured)
     for phase, cost in COSTS.items():
         write(folder / f"timing/{phase}.json", cost)
     return folder

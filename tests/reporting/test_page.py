@@ -10,6 +10,7 @@ from apiq.reporting.page import report
 from apiq.reporting.units import MINUS
 
 FIGURES = [
+    "activation_errors",
     "adapters",
     "block_losses",
     "codes",
@@ -17,7 +18,10 @@ FIGURES = [
     "effective_bits",
     "finetuning",
     "loss_curves",
+    "pareto",
     "perplexity",
+    "weight_errors",
+    "weight_gains",
     "weights",
 ]
 
