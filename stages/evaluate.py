@@ -13,6 +13,7 @@ from stages import EVALUATION, FINETUNED, METRICS, MODEL, QUANTIZED, run
 def main(params: Params, progress: Progress) -> None:
     """data/model/, data/quantized/ and data/finetuned/ to data/evaluation/; the numbers alone to data/metrics.json."""
     from apiq.checkpoint.loading import load
+    from apiq.checkpoint.skipped import is_skipped
     from apiq.evaluation.run import compare, metrics
     from apiq.files import new_folder, read_json, write_json
 
@@ -20,7 +21,9 @@ def main(params: Params, progress: Progress) -> None:
     models = {"full": partial(load, MODEL, **how)}
     if params.evaluate.rtn and params.quantize.method != "rtn":
         models["rtn"] = partial(load_rounded, params, **how)
-    models |= {"quantized": partial(load, QUANTIZED, **how), "finetuned": partial(load, FINETUNED, **how)}
+    models["quantized"] = partial(load, QUANTIZED, **how)
+    if not is_skipped(FINETUNED):
+        models["finetuned"] = partial(load, FINETUNED, **how)
     results = compare(models, params.evaluate, progress)
     with new_folder(EVALUATION) as out:
         write_json(out / "metrics.json", metrics(results))

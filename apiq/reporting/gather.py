@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from apiq.checkpoint import skipped
 from apiq.errors import ApiqError
 from apiq.files import read_json
 from apiq.reporting.units import known
@@ -107,11 +108,14 @@ def gather(folders: Folders) -> Run:
     metrics = content("quantized", folders.quantized, "metrics.json", "quantization")
     losses = content("curves", folders.quantized, "losses.csv", "quantization")
     log = content("finetuned", folders.finetuned, "log.csv", "finetuning")
+    manifests = _manifests(folders)
+    if manifests.get("finetune", {}).get("kind") == skipped.KIND:
+        absent["finetuned"] = "Nothing was finetuned: finetune.task is none."
     evaluation = content("evaluation", folders.evaluation, "metrics.json", "evaluation")
     quantization = read_json(metrics) if metrics else {}
     return Run(
         folders=folders,
-        manifests=_manifests(folders),
+        manifests=manifests,
         quantization=quantization,
         blocks=_blocks(quantization.get("blocks", [])),
         curves=_curves(losses) if losses else (),
