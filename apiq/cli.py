@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from apiq import cli_planning
+from apiq import cli_planning, cli_sweep
 from apiq.cli_options import Json, Set, field, parameters, unescape
 from apiq.errors import ApiqError
 from apiq.params import CalibrationParams, FinetuneParams, Params, QuantizeParams
@@ -221,6 +221,7 @@ def profile(
 
 app.command()(cli_planning.plan)
 app.command()(cli_planning.doctor)
+app.command()(cli_sweep.sweep)
 
 
 def _calibration_windows(folder: Path, params: Params) -> Any:
