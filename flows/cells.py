@@ -1,4 +1,4 @@
-"""One cell of a sweep: a DVC experiment, run in a clone of its own that shares DVC's cache with this repository."""
+"""The cells of a sweep: each a DVC experiment, run in a clone that shares DVC's cache with the repository."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from apiq.errors import ApiqError
 from apiq.overrides import read_yaml
@@ -31,12 +31,12 @@ class Bench:
 
     root: Path
     """The repository."""
+    tree: Path
+    """A clone of it, as it was when the sweep began."""
     folder: Path
     """Where the results of the cells go, a folder each."""
     work: Path
     """For clones, locks and unfinished blocks; git-ignored."""
-    cache: Path
-    """DVC's, of the repository."""
     profile: str | None
     """Laid over params.yaml of every cell first."""
     keep: tuple[str, ...]
@@ -50,12 +50,39 @@ class Bench:
         return STAGES if any(file.startswith("report/") for file in self.keep) else STAGES[:-1]
 
 
-def bench(root: Path, name: str, profile: str | None, keep: list[str], threads: int) -> Bench:
-    """The places of the sweep `name` in the repository `root`."""
+@contextlib.contextmanager
+def bench(root: Path, name: str, profile: str | None, keep: list[str], threads: int) -> Iterator[Bench]:
+    """What the cells of the sweep `name` share, among it the tree as it is now: later edits do not reach them.
+
+    Raises:
+        ApiqError: another process runs this sweep.
+    """
     work = Path(os.environ.get("APIQ_WORK") or root / ".apiq_work").resolve()
     (work / "locks").mkdir(parents=True, exist_ok=True)
-    cache = Path(call(dvc("cache", "dir"), root).strip())
-    return Bench(root, root / "data" / "sweeps" / name / "cells", work, root / cache, profile, tuple(keep), threads)
+    tree = work / "cells" / f"tree-of-{name}"
+    try:
+        lock = FileLock(work / "locks" / f"sweep-{name}", timeout=0).acquire()
+    except Timeout:
+        raise ApiqError(f"another process runs the sweep {name}; wait for it, or end it and start again.") from None
+    with lock:
+        try:
+            _snapshot(root, tree)
+            folder = root / "data" / "sweeps" / name / "cells"
+            yield Bench(root, tree, folder, work, profile, tuple(keep), threads)
+        finally:
+            shutil.rmtree(tree, ignore_errors=True)
+
+
+def _snapshot(root: Path, tree: Path) -> None:
+    """A clone of the repository with its uncommitted changes, on DVC's cache of the repository."""
+    shutil.rmtree(tree, ignore_errors=True)
+    cache = call(dvc("cache", "dir"), root).strip()
+    call(["git", "clone", "--quiet", "--shared", "--no-tags", str(root), str(tree)], root)
+    for listing in (["diff", "--name-only", "HEAD"], ["ls-files", "--others", "--exclude-standard"]):
+        for file in filter(None, call(["git", *listing, "-z"], root).split("\0")):
+            _copy(root / file, tree / file)
+    _copy(root / ".dvc" / "config.local", tree / ".dvc" / "config.local")
+    call(dvc("cache", "dir", "--local", str(root / cache)), tree)
 
 
 def run_cell(cell: Cell, on: Bench, on_line: Callable[[str], None]) -> Outcome:
@@ -118,16 +145,11 @@ def _save(name: str, on: Bench, place: Path) -> None:
 
 @contextlib.contextmanager
 def _clone(on: Bench, name: str) -> Iterator[Path]:
-    """The tree as it is, uncommitted changes included, in a clone that is gone afterwards."""
+    """The tree of the sweep in a folder of its own, which is gone afterwards."""
     place = on.work / "cells" / name
     _clear(place)
     try:
-        call(["git", "clone", "--quiet", "--shared", "--no-tags", str(on.root), str(place)], on.root)
-        for listing in (["diff", "--name-only", "HEAD"], ["ls-files", "--others", "--exclude-standard"]):
-            for file in filter(None, call(["git", *listing, "-z"], on.root).split("\0")):
-                _copy(on.root / file, place / file)
-        _copy(on.root / ".dvc" / "config.local", place / ".dvc" / "config.local")
-        call(dvc("cache", "dir", "--local", str(on.cache)), place)
+        shutil.copytree(on.tree, place, symlinks=True)
         yield place
     finally:
         _clear(place)

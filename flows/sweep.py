@@ -64,8 +64,9 @@ def sweep(
     try:
         with contextlib.chdir(ROOT):
             planned = plan(file, profile, Local(model, calibration, text), settings or (), threads)
-            on = bench(ROOT, planned.name, planned.profile, planned.sweep.keep, threads)
-            outcomes = _run_all(planned, on, _task_runner(runner, jobs))
+            pool = _task_runner(runner, jobs)
+            with bench(ROOT, planned.name, planned.profile, planned.sweep.keep, threads) as on:
+                outcomes = _run_all(planned, on, pool)
             results.write(on.folder.parent, planned, outcomes)
     except ApiqError as error:
         return Failed(message=str(error))
@@ -79,10 +80,10 @@ def cell_task(cell: Cell, on: Bench) -> Outcome:
     return run_cell(cell, on, get_run_logger().info)
 
 
-def _run_all(planned: Plan, on: Bench, runner: Any) -> dict[str, Outcome]:
+def _run_all(planned: Plan, on: Bench, pool: Any) -> dict[str, Outcome]:
     tell, board, outcomes = get_run_logger().info, Board(f"sweep-{planned.name}"), {}
     began, total = time.monotonic(), len(planned.cells)
-    with runner as pool:
+    with pool:
         futures = {pool.submit(cell_task, {"cell": cell, "on": on}): cell.name for cell in planned.cells}
         for future in as_completed(list(futures)):
             name = futures[future]

@@ -121,7 +121,7 @@ def _fill(axes: Axes, spec: FigureSpec, found: Sequence[Mark], series: Sequence[
     ticks = list(dict.fromkeys(mark.x for mark in found))
     named = spec.kind == "bar" or not all(isinstance(x, float) for x in ticks)
     if named:
-        axes.set_xticks(range(len(ticks)), [f"{x:g}" if isinstance(x, float) else x for x in ticks])
+        axes.set_xticks(range(len(ticks)), [f"{x:g}" if isinstance(x, float) else str(x) for x in ticks])
     for place, name in enumerate(series):
         points = [(float(ticks.index(m.x) if named else m.x), m.y, m.name) for m in found if m.series == name]
         style: dict[str, Any] = {"color": ramp(place, len(series)), "label": name}
