@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def plan(
     given = leaves(override({}, settings))
     values = laid(chosen.params)
     shared = {**sweep.base, **chosen.base}
-    assign(values, shared)
+    with _naming(f"{path}, base"):
+        assign(values, shared)
     shared |= {**local.changes(values), **given}
     assign(values, shared)
     name = slug(path.stem, *([profile] if profile else []), *([Path(local.model).name] if local.model else []))
@@ -107,13 +109,20 @@ def plan(
         reason, all_of_it = _refusal(sweep, labels), {**shared, **own}
         decided: dict[str, Any] = all_of_it
         if reason is None:
-            try:
+            with _naming(f"{path}, cell {', '.join(labels.values())}"):
                 all_of_it, decided = _resolve(laid(chosen.params), all_of_it)
-            except ApiqError as error:
-                raise ApiqError(f"{path}, cell {', '.join(labels.values())}: {error}") from None
         mark = fingerprint({**identity, "parameters": decided})[:8]
         cells.append(Cell(f"{slug(name, *labels.values())}-{mark}", labels, own, all_of_it, reason))
     return Plan(name, sweep, chosen.params, tuple(cells), threads)
+
+
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Say in a refusal which part of which file it is about."""
+    try:
+        yield
+    except ApiqError as error:
+        raise ApiqError(f"{place}: {error}") from None
 
 
 def _profile(sweep: Sweep, name: str | None, path: Path) -> Profile:
@@ -125,10 +134,10 @@ def _profile(sweep: Sweep, name: str | None, path: Path) -> Profile:
 
 def _combinations(sweep: Sweep, profile: Profile) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     """Labels and changes of each cell; where two axes change the same key, the later one wins."""
-    axes = [
-        [(label, {**changes, **profile.grid.get(axis, {}).get(label, {})}) for label, changes in choices.items()]
-        for axis, choices in sweep.grid.items()
-    ]
+    axes = []
+    for axis, choices in sweep.grid.items():
+        more = profile.grid.get(axis, {})
+        axes.append([(label, choices.get(label, {}) | more.get(label, {})) for label in {**choices, **more}])
     for choice in itertools.product(*axes) if axes else ():
         labels = dict(zip(sweep.axes, (label for label, _ in choice), strict=True))
         yield labels, {key: value for _, changes in choice for key, value in changes.items()}

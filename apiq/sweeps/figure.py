@@ -58,12 +58,12 @@ def marks(sweep: Sweep, cells: Cells, folder: Path) -> list[Mark]:
     spec, found = sweep.figure, []
     assert spec is not None
     for cell, outcome in cells:
-        name = ", ".join(cell.labels[axis] for axis in sweep.axes if axis != spec.series)
+        name = ", ".join(cell.labels[axis] for axis in sweep.axes if axis not in spec.series)
         for values in _values(spec, cell.labels, outcome, folder / "cells" / cell.name):
             x, y = values.get(spec.x), next((values[each] for each in spec.y if known(values.get(each))), None)
             if x is not None and y is not None:
-                panel, series = (str(values[axis]) if axis else "" for axis in (spec.panels, spec.series))
-                found.append(Mark(panel, series, x, y, name))
+                series = ", ".join(str(values[axis]) for axis in spec.series)
+                found.append(Mark(str(values[spec.panels]) if spec.panels else "", series, x, y, name))
     numeric = all(_number(mark.x) is not None for mark in found)
     return [Mark(m.panel, m.series, float(m.x), m.y, m.name) for m in found] if numeric else found
 
@@ -106,8 +106,10 @@ def picture(spec: FigureSpec, found: Sequence[Mark], width: float) -> Figure:
     for panel, name in zip(axes, names, strict=False):
         _fill(panel, spec, [mark for mark in found if mark.panel == name], series)
         panel.set_title(name)
-        panel.set_yscale("log" if spec.log_y else "linear")
-        panel.set_xscale("log" if spec.log_x else "linear")
+        if spec.log_y:
+            panel.set_yscale("log")
+        if spec.log_x:
+            panel.set_xscale("log")
     for panel in axes[len(names) :]:
         panel.set_axis_off()
     figure.supxlabel(short(spec.x), fontsize=8.5, color=colour("muted"))

@@ -67,7 +67,7 @@ class Profile(Section):
     base: Changes = Field(default_factory=dict)
     """Changes on top of those of the file."""
     grid: dict[str, Choices] = Field(default_factory=dict)
-    """Further changes for choices that the sweep has: the settings of this model at 4 bits."""
+    """Further changes for choices of the sweep, as the settings of this model at 4 bits, and further choices."""
 
 
 class Column(Section):
@@ -100,8 +100,8 @@ class FigureSpec(Section):
     """An axis or a metric; a column of errors.csv when data is errors."""
     y: Annotated[list[str], Field(min_length=1), BeforeValidator(_labels)]
     """A metric, or a column of errors.csv when data is errors; of several the first that is known."""
-    series: str | None = None
-    """Axis that a colour stands for."""
+    series: Annotated[list[str], BeforeValidator(_labels)] = Field(default_factory=list)
+    """Axes that a colour stands for."""
     panels: str | None = None
     """Axis, or column of errors.csv, with a panel for each of its values."""
     data: Literal["cells", "errors"] = "cells"
@@ -179,14 +179,13 @@ class Sweep(Section):
         yield from (("table.rows", axis, ()) for axis in table.rows)
         if table.columns:
             yield "table.columns", table.columns, ()
-        if figure and figure.series:
-            yield "figure.series", figure.series, ()
+        yield from (("figure.series", axis, ()) for axis in (figure.series if figure else ()))
         if figure and figure.panels and figure.data == "cells":
             yield "figure.panels", figure.panels, ()
         for reason, where in self.refused.items():
             yield from ((f"refused.{reason}", axis, labels) for axis, labels in where.items())
         for name, profile in self.profiles.items():
-            yield from ((f"profiles.{name}.grid", axis, choices) for axis, choices in profile.grid.items())
+            yield from ((f"profiles.{name}.grid", axis, ()) for axis in profile.grid)
         for row in self.paper.rows if self.paper else ():
             yield from (("paper.rows", axis, [label_of(label)]) for axis, label in zip(self.axes, row, strict=False))
 

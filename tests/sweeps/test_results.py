@@ -97,14 +97,19 @@ def test_cells_json_tells_all_of_it(outcomes, tmp_path):
     assert [(cell["status"], cell["error"]) for cell in told["cells"][1:3]] == [("done", None), ("failed", "no")]
 
 
-FIGURE = "figure: {kind: %s, x: %s, y: %s, series: quantize.method, log_y: true}\n"
+FIGURE = "figure: {kind: %s, x: %s, y: %s, series: %s, log_y: true}\n"
 
 
 @pytest.mark.parametrize(
-    ("kind", "x"), [("line", "quantize.bits"), ("bar", "quantize.bits"), ("scatter", "effective_bits")]
+    ("kind", "x", "series"),
+    [
+        ("line", "quantize.bits", "quantize.method"),
+        ("bar", "quantize.method", "quantize.bits"),
+        ("scatter", "effective_bits", "quantize.method"),
+    ],
 )
-def test_each_kind_of_figure_shows_what_was_measured(outcomes, tmp_path, kind, x):
-    text = LISTED + FIGURE % (kind, x, "quantized.perplexity.*")
+def test_each_kind_of_figure_shows_what_was_measured(outcomes, tmp_path, kind, x, series):
+    text = LISTED + FIGURE % (kind, x, "quantized.perplexity.*", series)
     results.write(tmp_path, *outcomes(text, done(9.0), done(8.5), Outcome("failed", "no"), done(12.0)))
     drawn = (tmp_path / "figure.svg").read_text()
     assert all(name in drawn for name in ("qlora", "loftq", "perplexity"))
@@ -129,7 +134,7 @@ def test_a_figure_of_errors_has_a_mark_for_each_linear_of_the_quantized_model(ou
 
 
 def test_a_figure_of_what_no_cell_measured_is_refused(outcomes, tmp_path):
-    text = LISTED + FIGURE % ("line", "quantize.bits", "accuracy")
+    text = LISTED + FIGURE % ("line", "quantize.bits", "accuracy", "quantize.method")
     with pytest.raises(ApiqError, match=r"no cell of it has quantize\.bits and accuracy; see cells\.json"):
         results.write(tmp_path, *outcomes(text, *[done(9.0)] * 4))
     assert (tmp_path / "table.md").exists()
