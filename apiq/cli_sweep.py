@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from apiq.cli_options import Json, Set
 from apiq.errors import ApiqError
@@ -89,7 +88,7 @@ def _show_cells(planned: Any, as_json: bool) -> None:
         cells = [{"name": cell.name, "changes": cell.changes, "refused": cell.refused} for cell in planned.cells]
         print(json.dumps({"name": planned.name, "cells": cells}))
         return
-    table = Table("cell", *planned.sweep.axes, "", box=None, pad_edge=False)
     for cell in planned.cells:
-        table.add_row(cell.name, *cell.labels.values(), f"refused: {cell.refused}" if cell.refused else "")
-    Console().print(table)
+        told = ", ".join(f"{axis} {label}" for axis, label in cell.labels.items())
+        refused = f" [yellow]refused: {cell.refused}[/yellow]" if cell.refused else ""
+        Console().print(f"{cell.name}  [dim]{told}[/dim]{refused}", soft_wrap=True, highlight=False)

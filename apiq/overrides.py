@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def assign(values: MutableMapping[str, Any], assignments: Mapping[str, Any]) -> 
             if not isinstance(place.get(section), MutableMapping):
                 place[section] = type(values)()
             place = place[section]
-        place[key] = value
+        place[key] = copy.deepcopy(value)  # a later assignment may be below it
 
 
 def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def sweep(
     try:
         with contextlib.chdir(ROOT):
             planned = plan(file, profile, Local(model, calibration, text), settings or (), threads)
-            pool = _task_runner(runner, jobs)
+            pool = task_runner(runner, jobs)
             with bench(ROOT, planned.name, planned.profile, planned.sweep.keep, threads) as on:
                 outcomes = _run_all(planned, on, pool)
             results.write(on.folder.parent, planned, outcomes)
@@ -104,7 +104,12 @@ def _outcome(future: PrefectFuture[Outcome]) -> Outcome:
         return Outcome("failed", f"{type(error).__name__}: {error}")
 
 
-def _task_runner(name: Runner, jobs: int) -> Any:
+def task_runner(name: Runner, jobs: int) -> Any:
+    """What runs so many cells at a time.
+
+    Raises:
+        ApiqError: it needs a library that is not installed.
+    """
     module, kind, arguments = RUNNERS[name]
     try:
         return getattr(importlib.import_module(module), kind)(**arguments(jobs))

@@ -114,7 +114,7 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_the_same_cells_alone(
     monkeypatch.chdir(root)
     monkeypatch.delenv("APIQ_WORK", raising=False)
     planned = plan("three.yaml", local=local)
-    apiq, gptq, failing = planned.cells
+    apiq, gptq, _ = planned.cells
     folder = root / "data" / "sweeps" / planned.name / "cells"
     record = folder / gptq.name / "cell.json"
     run_and_kill(local, record)

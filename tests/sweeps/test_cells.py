@@ -101,14 +101,21 @@ def test_cells_beside_the_grid_have_no_choice_on_its_other_axes(write, place):
     assert [cell.labels for cell in plan(write(alone)).cells] == [{"cell": "one"}]
 
 
+def test_the_example_of_the_documentation_is_a_sweep(write):
+    page = (ROOT / "docs" / "reference" / "sweeps.md").read_text()
+    path = write(page.split("```yaml\n")[1].split("```")[0], "example.yaml")
+    found = plan(path)
+    assert len(found.cells) == 7
+    assert [cell.labels["method"] for cell in found.cells if cell.refused] == ["apiq, rank 4"]
+    assert plan(path, "llama2-7b").cells[5].settings["quantize.lr_theta"] == 0.005
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_can_be_run_on_the_demo_as_it_stands(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     planned = plan(path)
     assert any(cell.refused is None for cell in planned.cells)
     for name, profile in planned.sweep.profiles.items():
-        if Path(
-            profile.base.get("model.source", ".")
-        ).exists():  # models beside the repository, for those who have them
+        if Path(profile.base.get("model.source", ".")).exists():  # beside the repository, for those who have it
             assert len(plan(path, name).cells) >= len(planned.cells)
     assert read_yaml(path)["title"]
