@@ -49,6 +49,7 @@ def _content(plan: Plan, cells: Sequence[tuple[Cell, Outcome]]) -> dict[str, Any
         "title": sweep.title,
         "source": sweep.source,
         "about": sweep.about,
+        "caption": sweep.figure.caption if sweep.figure else "",
         "axes": sweep.axes,
         "keys": list(dict.fromkeys(key for cell, _ in cells for key in cell.changes)),
         "metric": next((name for _, outcome in cells for name in matching(outcome.metrics, metrics[0])), metrics[0]),

@@ -127,7 +127,7 @@ def test_a_figure_of_errors_has_a_mark_for_each_linear_of_the_quantized_model(ou
     (folder / "errors.csv").write_text("\n".join(rows))
     cells = [(cell, found[cell.name]) for cell in planned.cells]
     drawn = [(mark.panel, mark.series, mark.x, mark.y) for mark in marks(planned.sweep, cells, tmp_path)]
-    assert drawn == [("q", "3", 0.0, 1.5), ("q", "3", 1.0, 2.0)]
+    assert drawn == [("q", "bits 3", 0.0, 1.5), ("q", "bits 3", 1.0, 2.0)]
     (folder / "errors.csv").write_text("model,block,linear\nquantized,0,q")
     with pytest.raises(ApiqError, match=r"errors\.csv has no column with; it has model, block, linear"):
         marks(planned.sweep, cells, tmp_path)
