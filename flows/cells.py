@@ -36,7 +36,9 @@ class Bench:
     folder: Path
     """Where the results of the cells go, a folder each."""
     work: Path
-    """For clones, locks and unfinished blocks; git-ignored."""
+    """For clones and locks; git-ignored."""
+    unfinished: Path
+    """For blocks that are done of a stage that is not, as APIQ_WORK."""
     profile: str | None
     """Laid over params.yaml of every cell first."""
     keep: tuple[str, ...]
@@ -57,7 +59,8 @@ def bench(root: Path, name: str, profile: str | None, keep: list[str], threads: 
     Raises:
         ApiqError: another process runs this sweep.
     """
-    work = Path(os.environ.get("APIQ_WORK") or root / ".apiq_work").resolve()
+    work = (root / ".prefect" / "sweeps").resolve()
+    unfinished = Path(os.environ.get("APIQ_WORK") or root / ".apiq_work").resolve()
     (work / "locks").mkdir(parents=True, exist_ok=True)
     tree = work / "cells" / f"tree-of-{name}"
     try:
@@ -68,7 +71,7 @@ def bench(root: Path, name: str, profile: str | None, keep: list[str], threads: 
         try:
             _snapshot(root, tree)
             folder = root / "data" / "sweeps" / name / "cells"
-            yield Bench(root, tree, folder, work, profile, tuple(keep), threads)
+            yield Bench(root, tree, folder, work, unfinished, profile, tuple(keep), threads)
         finally:
             shutil.rmtree(tree, ignore_errors=True)
 
@@ -108,7 +111,7 @@ def _run(cell: Cell, on: Bench, place: Path, on_line: Callable[[str], None]) -> 
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(on.threads))
     for stage in on.stages:
         with FileLock(on.work / "locks" / _work_of(stage, place)):  # the second cell takes it from DVC's cache
-            reproduce(stage, place, on_line, {**threads, "APIQ_WORK": str(on.work)})
+            reproduce(stage, place, on_line, {**threads, "APIQ_WORK": str(on.unfinished)})
     outcome = Outcome("done", None, measured(place / "data"), _keep(on, place / "data", on.folder / cell.name))
     _save(cell.name, on, place)
     return outcome

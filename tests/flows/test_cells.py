@@ -119,7 +119,7 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_the_same_cells_alone(
     record = folder / gptq.name / "cell.json"
     run_and_kill(local, record)
     finished = record.stat().st_mtime_ns
-    assert os.listdir(root / ".apiq_work" / "cells")  # the clones that it was at work in
+    assert os.listdir(root / ".prefect" / "sweeps" / "cells")  # the clones that it was at work in
 
     with bench(root, planned.name, None, [], threads=1) as on:
         outcomes = [run_cell(cell, on, print) for cell in planned.cells]
@@ -129,7 +129,7 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_the_same_cells_alone(
     assert "quantize.adapter_targets names query" in str(outcomes[2].error)
     assert all(outcome.metrics["quantized.perplexity.text"] > 1 for outcome in outcomes[:2])
     assert record.stat().st_mtime_ns == finished
-    assert os.listdir(root / ".apiq_work" / "cells") == []
+    assert os.listdir(root / ".prefect" / "sweeps" / "cells") == []
     assert set(call(dvc("exp", "list", "--name-only"), root).split()) == {apiq.name, gptq.name}
 
     threads = torch.get_num_threads()
