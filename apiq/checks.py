@@ -44,17 +44,7 @@ def check(params: Params, config: Config | None) -> None:
     check_finetune(params.finetune, config)
     check_evaluate(params.evaluate, config)
     check_apart(params.calibration, params.evaluate)
-    if params.quantize.method in WITHOUT_ADAPTERS:
-        method = params.quantize.method
-        raise ApiqError(
-            f"quantize.method is {method}, which leaves no adapters to finetune; the pipeline takes a method with "
-            f"adapters, such as apiq-bw, and `apiq quantize --method {method}` quantizes without it."
-        )
-    if params.quantize.adapter == "none":
-        raise ApiqError(
-            "quantize.adapter is none, which leaves nothing to finetune; the pipeline takes an adapter such as lora, "
-            "and `apiq quantize --adapter none` fits the ranges alone."
-        )
+    check_adapted(params.quantize, params.finetune)
 
 
 def known_config(model: ModelParams) -> dict[str, Any] | None:
@@ -127,11 +117,25 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
 
 def check_finetune(finetune: FinetuneParams, config: Config | None) -> None:
     """Refuse data that are not there and sequences beyond the context of the model."""
+    if finetune.task == "none":
+        return
     if finetune.task == "lm" and finetune.text is not None:
         _check_corpus("finetune.text", finetune.text)
     if finetune.task == "instruction" and finetune.pairs is not None:
         _check_files("finetune.pairs", finetune.pairs, (".jsonl", ".parquet"), names=())
     _check_length("finetune.length", finetune.length, config)
+
+
+def check_adapted(quantize: QuantizeParams, finetune: FinetuneParams) -> None:
+    """Refuse to finetune what has no adapters."""
+    if quantize.adapted or finetune.task == "none":
+        return
+    bare = quantize.method in WITHOUT_ADAPTERS
+    key, value, other = ("method", quantize.method, "apiq-bw") if bare else ("adapter", "none", "lora")
+    raise ApiqError(
+        f"quantize.{key} is {value}, which leaves no adapters to finetune; set finetune.task to none, or take another "
+        f"{key}, such as {other}."
+    )
 
 
 def check_evaluate(evaluate: EvaluateParams, config: Config | None) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apiq import cli_exports, cli_planning, cli_refine
+from apiq import cli_exports, cli_planning, cli_refine, cli_sweep
 from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
 from apiq.cli_output import show, working
 from apiq.errors import ApiqError
@@ -220,6 +220,7 @@ app.command()(cli_exports.merge)
 app.command()(cli_exports.push)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.doctor)
+app.command()(cli_sweep.sweep)
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     return result
 
 
+def assign(values: MutableMapping[str, Any], assignments: Mapping[str, Any]) -> None:
+    """Set single keys of nested `values`, as in {"quantize.bits": 3}; sections that are not there are made.
+
+    Raises:
+        ApiqError: a key is not of the form section.key.
+    """
+    for path, value in assignments.items():
+        *sections, key = path.split(".")
+        if not sections or not all(sections) or not key:
+            raise ApiqError(f"the parameter {path!r} is not of the form section.key, as in quantize.bits.")
+        place = values
+        for section in sections:
+            if not isinstance(place.get(section), MutableMapping):
+                place[section] = type(values)()
+            place = place[section]
+        place[key] = copy.deepcopy(value)  # a later assignment may be below it
+
+
 def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `base` in which the leaves of `overlay` replace or join those of `base`."""
     result = {key: lay_over(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
@@ -60,3 +79,11 @@ def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, A
             lay_over(below if isinstance(below, Mapping) else {}, value) if isinstance(value, Mapping) else value
         )
     return result
+
+
+def leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The leaves of nested values by their paths, as in {"quantize.bits": 3}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat

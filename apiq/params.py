@@ -88,8 +88,9 @@ class CalibrationParams(Section):
 class FinetuneParams(Section):
     """Training of A and B on the frozen packed model (Table A.4)."""
 
-    task: Literal["lm", "instruction"] = "lm"
-    """lm: language modelling on `text`; instruction: prompt and answer `pairs`, loss on the answer only."""
+    task: Literal["lm", "instruction", "none"] = "lm"
+    """lm: language modelling on `text`; instruction: prompt and answer `pairs`, loss on the answer only; none: the
+    quantized model is measured as it is, as methods without adapters need it."""
     text: str | None = "wikitext2"
     """Corpus for task lm: same forms as calibration.corpus."""
     pairs: str | None = None

@@ -15,7 +15,7 @@ from ruamel.yaml.comments import CommentedMap
 from apiq.checks import check, known_config
 from apiq.errors import ApiqError
 from apiq.files import write_text
-from apiq.overrides import read_yaml
+from apiq.overrides import assign, read_yaml
 from apiq.params import Params, parse
 
 
@@ -60,20 +60,7 @@ def change(assignments: Mapping[str, Any], params_path: str | Path = "params.yam
     Raises:
         ApiqError: a key is not of the form section.key, or the outcome cannot be run; params.yaml is as it was.
     """
-
-    def edit(values: CommentedMap) -> None:
-        for path, value in assignments.items():
-            *sections, key = path.split(".")
-            if not sections or not all(sections) or not key:
-                raise ApiqError(f"the parameter {path!r} is not of the form section.key, as in quantize.bits.")
-            place: MutableMapping[str, Any] = values
-            for section in sections:
-                if not isinstance(place.get(section), MutableMapping):
-                    place[section] = CommentedMap()
-                place = place[section]
-            place[key] = value
-
-    return _rewrite(Path(params_path), edit)
+    return _rewrite(Path(params_path), lambda values: assign(values, assignments))
 
 
 def _rewrite(params_path: Path, edit: Callable[[CommentedMap], None]) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -49,7 +50,7 @@ def sentence(refusal: ValidationError, root: type[BaseModel]) -> str:
         return f"{path} is missing."
     if error["type"] == "value_error" and message.count("|") >= 2:
         key, value, allowed = message.split("|", 2)
-        return f"{path}.{key} is {value}; it should be {allowed}."
+        return f"{'.'.join([*map(str, location), key])} is {value}; it should be {allowed}."
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{path} is {_shown(error['input'])}; it should be a section of key: value lines."
     if error["type"] == "invalid_key":
@@ -95,15 +96,16 @@ def _field(path: tuple[int | str, ...], root: type[BaseModel]) -> FieldInfo | No
 
 
 def _section(path: tuple[int | str, ...], section: type[BaseModel]) -> type[BaseModel]:
-    """The model that `path` leads to; a mapping of models is entered by any key."""
-    entering_mapping = None
+    """The model that `path` leads to; mappings, lists and choices of models are entered by any key."""
     for part in path:
-        if entering_mapping is not None:
-            section, entering_mapping = entering_mapping, None
-            continue
-        annotation = section.model_fields[str(part)].annotation
-        if typing.get_origin(annotation) is dict:
-            entering_mapping = typing.get_args(annotation)[1]
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        field = section.model_fields.get(str(part))
+        section = next(_models(field.annotation), section) if field else section
     return section
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in an annotation, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for below in typing.get_args(annotation):
+        yield from _models(below)

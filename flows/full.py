@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-from uuid import UUID
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
-    create_progress_artifact,
     create_table_artifact,
-    update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -29,10 +26,11 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
 from apiq.errors import ApiqError
-from apiq.overrides import override
+from apiq.overrides import leaves, override
 from apiq.params import Params
 from flows import ROOT
-from flows.pipeline import STAGES, gpu_slot, read_progress, reproduce
+from flows.board import Board
+from flows.pipeline import STAGES, gpu_slot, reproduce
 from flows.results import keep_report, metrics_rows, summary
 from flows.workspace import METRICS, alone, call, changed, dvc, experiment_name, refuse_taken
 from stages import read_params
@@ -67,7 +65,7 @@ def full(params: dict[str, Any] | None = None, name: str | None = None) -> State
 @task(task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], cache_policy=NO_CACHE)
 def run_stage(stage: str, slot: str | None) -> State:
     """One `dvc repro` in a process group of its own, which ends with this task whatever happens to it."""
-    logger, board = get_run_logger(), _Board(stage)
+    logger, board = get_run_logger(), Board(stage)
 
     def on_line(line: str) -> None:
         logger.info(line)
@@ -76,23 +74,6 @@ def run_stage(stage: str, slot: str | None) -> State:
     with concurrency(slot) if slot else contextlib.nullcontext():
         outcome = reproduce(stage, ROOT, on_line)
     return Completed(name=outcome, data=outcome)
-
-
-class _Board:
-    """The progress artifact of a stage, there from the first line that tells progress."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage, self.artifact = stage, None
-
-    def show(self, line: str) -> None:
-        mark = read_progress(line)
-        if mark is None:
-            return
-        if self.artifact is None:
-            made = create_progress_artifact(mark.percent, key=f"progress-{self.stage}", description=mark.text)
-            self.artifact = made if isinstance(made, UUID) else None
-        else:
-            update_progress_artifact(self.artifact, mark.percent, description=mark.text)
 
 
 def _run_stages(params: Params) -> dict[str, str]:
@@ -126,16 +107,8 @@ def _main(arguments: list[str]) -> int:
     except ApiqError as error:
         print(error, file=sys.stderr)
         return 1
-    state = full(_by_path(sections), return_state=True)
+    state = full(leaves(sections), return_state=True)
     return 0 if state.is_completed() else 1
-
-
-def _by_path(sections: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The leaves of nested sections by their paths, as in {"quantize.bits": 3}."""
-    leaves: dict[str, Any] = {}
-    for key, value in sections.items():
-        leaves |= _by_path(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return leaves
 
 
 if __name__ == "__main__":

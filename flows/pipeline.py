@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ _HINTS = re.compile(r"To track the changes|\s*git add |To enable auto staging|\s
 _OF_DVC = ("ERROR: failed to reproduce", "Running stage", "> ")
 
 
-def reproduce(stage: str, root: Path, on_line: Callable[[str], None]) -> str:
+def reproduce(stage: str, root: Path, on_line: Callable[[str], None], settings: Mapping[str, str] | None = None) -> str:
     """Bring one stage up to date and tell how: `Ran`, `Cached` (taken from DVC's run-cache) or `Unchanged`.
+
+    `settings` are added to the environment of the stage.
 
     Raises:
         ApiqError: the stage failed; with the last line it wrote.
@@ -38,7 +40,7 @@ def reproduce(stage: str, root: Path, on_line: Callable[[str], None]) -> str:
             last.append(line)
             on_line(line)
 
-    status = stream(dvc("repro", "--single-item", stage), root, listen, environment())
+    status = stream(dvc("repro", "--single-item", stage), root, listen, environment() | dict(settings or {}))
     if status != 0:
         told = [line for line in last if not line.startswith(_OF_DVC)] or [*last] or [f"exit status {status}"]
         raise ApiqError(f"the stage {stage} failed: {told[-1]}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from apiq.errors import ApiqError
 from apiq.files import read_json
+from apiq.overrides import leaves
 from flows.workspace import METRICS, call
 
 
@@ -19,22 +19,15 @@ def metrics_rows(root: Path) -> list[dict[str, Any]]:
     Raises:
         ApiqError: the metrics of this run are not there.
     """
-    now = _flat(read_json(root / METRICS))
+    now = leaves(read_json(root / METRICS))
     try:
-        before = _flat(json.loads(call(["git", "show", f"HEAD:{METRICS}"], root)))
+        before = leaves(json.loads(call(["git", "show", f"HEAD:{METRICS}"], root)))
     except ApiqError:  # no git, or nothing committed yet
         before = {}
     return [
         {"metric": name, "now": value, "last commit": before.get(name), "change": _change(before.get(name), value)}
         for name, value in now.items()
     ]
-
-
-def _flat(metrics: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in metrics.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return flat
 
 
 def _change(before: Any, now: Any) -> float | None:

@@ -58,8 +58,17 @@ def test_what_the_model_does_not_take_is_refused_and_the_bound_itself_is_not(key
     check(at_the_bound, known_config(at_the_bound.model))
 
 
-def test_rank_is_free_where_there_are_no_adapters_of_ours() -> None:
-    assert "leaves no adapters to finetune" in refusal("quantize.method=rtn", "quantize.rank=4096")
+@pytest.mark.parametrize("bare", ["quantize.method=rtn", "quantize.adapter=none"])
+def test_what_has_no_adapters_is_not_finetuned(bare: str) -> None:
+    told = refusal(bare, "quantize.rank=4096")
+    assert "leaves no adapters to finetune; set finetune.task to none" in told
+    without = changed(bare, "quantize.rank=4096", "finetune.task=none")
+    check(without, known_config(without.model))
+
+
+def test_data_of_a_finetuning_that_is_not_done_need_not_be_there() -> None:
+    without = changed("finetune.task=none", "finetune.text=gone.txt", "finetune.length=4096")
+    check(without, known_config(without.model))
 
 
 @pytest.mark.parametrize(

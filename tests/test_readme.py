@@ -98,12 +98,18 @@ def test_prefect_understands_its_commands(words):
 
     _, arguments, _ = _app.parse_args(words[1:], exit_on_error=False, print_error=False)
     for parameter in arguments.arguments.get("params", []):
-        changes = json.loads(parameter.removeprefix("params="))
+        name, _, value = parameter.partition("=")
+        changes = json.loads(value)
+        if name == "file":
+            assert (ROOT / changes).is_file()
+            continue
+        assert name == "params"
         parse(override(read_yaml(ROOT / "params.yaml"), [f"{key}={value}" for key, value in changes.items()]))
 
 
-def test_the_deployment_is_declared():
-    (deployment,) = (each for each in read_yaml(ROOT / "prefect.yaml")["deployments"] if each["name"] == "full")
+@pytest.mark.parametrize("name", ["full", "sweep"])
+def test_the_deployment_is_declared(name):
+    (deployment,) = (each for each in read_yaml(ROOT / "prefect.yaml")["deployments"] if each["name"] == name)
     file, _, function = deployment["entrypoint"].partition(":")
     assert re.search(rf'@flow\(name="apiq"\)\ndef {function}\(', (ROOT / file).read_text())
 

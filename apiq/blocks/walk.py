@@ -114,7 +114,7 @@ class Walk:
         if found is None:
             found = method.survey(Whole(
                 self.stream, self.windows, X, calls, self.device, self.params.activations, self.store.folder,
-                self._precision, report,
+                lambda: precision(self.device, self.compute), report,
             ))  # fmt: skip
             parallel.wait()
             if parallel.rank() == 0:

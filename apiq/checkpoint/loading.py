@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import logging as transformers_logging
 
 from apiq.blocks.stream import ModelStream
-from apiq.checkpoint import manifest
+from apiq.checkpoint import manifest, skipped
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 
@@ -99,6 +99,8 @@ def load(
     facts = manifest.read(folder) if folder.is_dir() else None
     kind = "full" if facts is None else facts["kind"]
     base, adapter = folder, folder / "adapter"
+    if kind == skipped.KIND:
+        raise ApiqError(f"{folder} holds no model: finetune.task was none; load the quantized folder instead.")
     if facts is not None:
         manifest.verify(folder)
     if kind == "finetuned":

@@ -18,7 +18,7 @@ UNGUARDED = (NAME, "README.md", ".gitignore", ".gitattributes")
 def write(folder: str | Path, kind: str, **facts: Any) -> None:
     """Write the manifest of `folder`, which must hold all its other files already.
 
-    `kind` is `quantized` or `finetuned`; `facts` are what a reader needs besides the hashes.
+    `kind` is `quantized`, `finetuned` or `not finetuned`; `facts` are what a reader needs besides the hashes.
     """
     files = {name: digest for name, digest in sha256_folder(folder).items() if name not in UNGUARDED}
     write_json(Path(folder) / NAME, {"format": FORMAT, "kind": kind, "files": files, **facts})

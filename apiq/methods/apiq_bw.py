@@ -64,7 +64,9 @@ class ApiqBlockwise:
                 anneal = stack.enter_context(annealed(fit.fakes.values(), params))
                 if anneal is None:
                     stack.enter_context(jointly(problem.block))
-                objective = Objective(loss_of, len(Xq), where, problem.weight, names(problem.block), scale, anneal)
+                objective = Objective(
+                    loss_of, len(Xq), where, problem.weight, names(problem.block), scale, anneal=anneal
+                )
                 trace = descend(fit.groups(turn), objective, params, problem.seed, report)
             curves = joined(curves, trace.curves("block", first))
             if turn.grid:

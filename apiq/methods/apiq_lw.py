@@ -91,7 +91,7 @@ class ApiqLayerwise:
         scale = problem.loss_scale(params.batch_size * fit.fakes[linear.name].out_features)
         where = f"linear {linear.name} of block {problem.index}"
         with annealed([fit.fakes[linear.name]], params) as anneal:
-            objective = Objective(loss_of, len(Xq), where, weight, names_of(linear.adapted), scale, anneal)
+            objective = Objective(loss_of, len(Xq), where, weight, names_of(linear.adapted), scale, anneal=anneal)
             trace = descend(fit.groups(turn, linear.name), objective, params, problem.seed, report)
         return trace.curves(linear.name, first)
 

@@ -58,7 +58,7 @@ class Omniquant:
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
         with annealed(fakes.values(), params) as anneal:
             objective = Objective(
-                loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale, anneal
+                loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale, anneal=anneal
             )
             trace = descend(groups, objective, params, problem.seed, report)
         quantized, others = _unwrap(problem, found, fakes, logs)

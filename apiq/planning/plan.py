@@ -72,7 +72,7 @@ def _setting(params: Params, out: Path) -> Setting:
     many = (min(max(TOKENS // shape[1], shape[0]), params.calibration.windows), *shape[1:])
     through = passing(block, call, quantize, many, compute, shapes.storage, device)
     training = None
-    if build(quantize).adapted:
+    if build(quantize).adapted and tune.task != "none":
         batch = (tune.batch_size, tune.length, shapes.width)
         training = training_pass(packed, _call(shapes, tune.length), batch, tuning_dtype, tuning_device)
     weight = weight_bytes(compute, shapes.storage)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from apiq.checkpoint import skipped
 from apiq.files import read_json
 from apiq.reporting import records
 from apiq.reporting.errors import LinearErrors, read_errors
@@ -113,12 +114,15 @@ def gather(folders: Folders) -> Run:
     metrics = content("quantized", folders.quantized, "metrics.json", "quantization")
     losses = content("curves", folders.quantized, "losses.csv", "quantization")
     log = content("finetuned", folders.finetuned, "log.csv", "finetuning")
+    manifests = _manifests(folders)
+    if manifests.get("finetune", {}).get("kind") == skipped.KIND:
+        absent["finetuned"] = "Nothing was finetuned: finetune.task is none."
     evaluation = content("evaluation", folders.evaluation, "metrics.json", "evaluation")
     errors = content("errors", folders.evaluation, "errors.csv", "evaluation")
     quantization = read_json(metrics) if metrics else {}
     return Run(
         folders=folders,
-        manifests=_manifests(folders),
+        manifests=manifests,
         quantization=quantization,
         blocks=_blocks(quantization.get("blocks", [])),
         curves=_curves(losses) if losses else (),

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def build(folder: Path) -> Path:
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "A pipeline of stand-ins"]):
         subprocess.run([*GIT, *arguments], cwd=folder, check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prefect() -> Iterator[None]:
+    """A Prefect server of the tests' own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
 
 
 @pytest.fixture

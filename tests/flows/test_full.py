@@ -1,6 +1,5 @@
 """The flow as Prefect runs it, on a scratch repository whose stages only pretend."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,14 +7,6 @@ import pytest
 from flows.workspace import call, dvc
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def prefect() -> Iterator[None]:
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def artifacts() -> dict[str, object]:
