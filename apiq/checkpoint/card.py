@@ -126,18 +126,16 @@ def _quantization(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> 
     rows += [
         (name, quantization[name]) for name in ("bits", "group_size", "symmetric", "levels") if name in quantization
     ]
-    parameters = facts.get("parameters", {})
-    rows += [
-        (name, parameters[name])
-        for name in ("epochs", "batch_size", "lr_theta", "lr_adapter", "seed")
-        if name in parameters
-    ]
-    calibration = facts.get("calibration") or {}
-    return rows + [(f"calibration {name}", value) for name, value in sorted(calibration.items())]
+    calibration = facts.get("calibration")
+    if calibration:
+        fitted = ("epochs", "batch_size", "lr_theta", "lr_adapter")
+        rows += [(name, facts["parameters"][name]) for name in fitted if name in facts["parameters"]]
+        rows += [(f"calibration {name}", value) for name, value in sorted(calibration.items())]
+    return rows
 
 
 def _adapter(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    names = {"peft_type": "type", "r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
+    names = {"peft_type": "type", "r": "rank", "lora_alpha": "alpha"}
     return [(label, config[name]) for name, label in names.items() if config.get(name) is not None]
 
 

@@ -73,9 +73,9 @@ def _kind(tokenizer: dict[str, Any], folder: Path) -> str:
 
 def _byte_level(tokenizer: dict[str, Any], types: Any) -> tuple[list[str], list[int]]:
     names = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    kinds: dict[int, int] = dict.fromkeys(names, types.NORMAL)
+    kinds: dict[int, int] = {number: types.NORMAL for number in names}
     for added in tokenizer.get("added_tokens", []):
         names[added["id"]] = added["content"]
         kinds[added["id"]] = types.CONTROL if added["special"] else types.USER_DEFINED
-    numbers = range(max(names) + 1)
-    return [names.get(n, f"[PAD{n}]") for n in numbers], [kinds.get(n, types.UNUSED) for n in numbers]
+    numbers, unused = range(max(names) + 1), int(types.UNUSED)
+    return [names.get(n, f"[PAD{n}]") for n in numbers], [kinds.get(n, unused) for n in numbers]

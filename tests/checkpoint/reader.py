@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -11,9 +10,8 @@ from safetensors import safe_open
 
 def read(folder):
     """The dequantized weight (out, in) of every packed linear, float32, by name."""
-    folder = Path(folder)
     manifest = json.loads((folder / "apiq.json").read_text())
-    assert manifest["format"] <= 2 and manifest["kind"] == "quantized"
+    assert manifest["format"] <= 3 and manifest["kind"] == "quantized"
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -23,7 +21,8 @@ def read(folder):
         with safe_open(folder / index["weight_map"][f"{name}.codes"], framework="np") as file:
             own = [key for key in file.keys() if key.startswith(f"{name}.") and not key.endswith(".bias")]  # noqa: SIM118
             tensors = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in own}
-        weights[name] = dequantized(tensors, config, shape)
+        other = config.get("exceptions", {}).get(name.removeprefix(f"{config['blocks']}."), {})
+        weights[name] = dequantized(tensors, {**config, **other}, shape)
     return weights
 
 

@@ -50,6 +50,7 @@ def test_a_reader_of_the_page_gives_the_weights_of_every_grid(grid, rows, column
         {"method": "gptq", "bits": 4, "symmetric": True},
         {"method": "apiq-bw", "bits": 2},
         {"method": "qlora", "bits": 4},
+        {"method": "lq-lora", "lq_lora": {"target_bits": 3.7, "candidate_group_sizes": [16, 32]}},
     ],
     ids=lambda values: values["method"],
 )
@@ -60,6 +61,7 @@ def test_a_reader_of_the_page_gives_the_weights_of_a_folder(make, values):
     model = load(folder, device="cpu", adapters=False).model
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert weights.keys() == packed.keys() and len(packed) == 14
+    assert len({linear.grid for linear in packed.values()}) > 1 or values["method"] != "lq-lora"
     for name, linear in packed.items():
         assert same_bits(linear.dequantized(), weights[name])
 
