@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 GAP = 1e-4
 """Relative distance from the proven optimum at which the search may stop."""
@@ -63,6 +61,9 @@ def allocate(
 
 def _solved(sizes: np.ndarray, costs: np.ndarray, owner: np.ndarray, budget: float) -> np.ndarray:
     """Which variable is 1 for each group."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # takes long to import, and few runs need it
+    from scipy.sparse import csr_array
+
     variables = np.arange(len(owner))
     choose_one = csr_array((np.ones(len(owner)), (owner, variables)))
     found = milp(
