@@ -68,7 +68,7 @@ def frontier_table(points: Sequence[Point]) -> Table:
 
 
 def _corner(place: int, point: Point) -> Row:
-    name = Cell(f"{place} · {point.run}", below=results.KNOWN_MODELS[point.model])
+    name = Cell(f"{place} · {point.run}", below=results.KNOWN_MODELS.get(point.model, point.model))
     return (name, cell(point.bits, ""), cell(point.loss, ""))
 
 

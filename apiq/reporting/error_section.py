@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from apiq.reporting import error_figures
 from apiq.reporting.cells import Cell, Row, Table, cell
@@ -27,42 +28,43 @@ MEASURES = {
 def error_section(run: Run) -> Section:
     """Figures 3, 4 and A.1 of the paper from this run."""
     if not run.errors:
-        return Section(
-            "errors", TITLE, absent=[run.absent.get("errors", "evaluate.errors is off: none were measured.")]
-        )
-    weights, nearer, activations = weight_panels(run.errors), gains(run.errors), activation_panels(run.errors)
-    drawings, absent = [], []
-    if nearer:
-        caption = (
-            "How much nearer to W the quantized weight with its adapters is than the weight rounded to nearest, "
-            "in the Frobenius norm, by block (Figure 3 of the paper, with rounding as the baseline)."
-        )
-        drawings.append(Drawing("weight_gains", caption, lambda width: error_figures.gains(nearer, width)))
-    else:
+        reason = run.absent.get("errors", "evaluate.errors is off: none were measured.")
+        return Section("errors", TITLE, absent=[reason])
+    drawings = [*_gains(run.errors), _weights(run.errors), *_activations(run.errors)]
+    drawn, absent = {drawing.name for drawing in drawings}, []
+    if "weight_gains" not in drawn:
         absent.append("Rounding to nearest was not measured: there is nothing to compare the weights with.")
-    caption = "Weight error ‖W \N{MINUS SIGN} (Q + A Bᵀ)‖ of each linear by block (Figure A.1 of the paper)."
-    measure = "Frobenius norm"
-    drawings.append(
-        Drawing("weight_errors", caption, lambda width: error_figures.error_panels(weights, measure, width))
-    )
-    if any(row.activation_norm is not None for row in run.errors):
-        caption = (
-            "Activation error ‖X W \N{MINUS SIGN} Xq (Q + A Bᵀ)‖ for one token, of each block and linear, with the "
-            "error of all blocks before in Xq (Figure 4 of the paper); dashed, with full-precision input to the block."
-        )
-        drawings.append(
-            Drawing(
-                "activation_errors",
-                caption,
-                lambda width: error_figures.error_panels(activations, "mean norm of a token", width),
-            )
-        )
-    else:
+    if "activation_errors" not in drawn:
         absent.append("No activations were compared: evaluate.perplexity lists no text.")
-    listing = Listing(
-        "errors", "Errors relative to the full-precision norm, mean over the blocks", errors_table(run.errors)
+    if run.quantization.get("method") in FACTORS:
+        absent.append("Factors that the method moved between linears and norms are in the errors of these linears.")
+    title = "Errors relative to the full-precision norm, mean over the blocks"
+    return Section("errors", TITLE, [], drawings, [Listing("errors", title, errors_table(run.errors))], absent)
+
+
+def _gains(errors: Sequence[LinearErrors]) -> list[Drawing]:
+    nearer = gains(errors)
+    caption = (
+        "How much nearer to W the quantized weight with its adapters is than the weight rounded to nearest, "
+        "in the Frobenius norm, by block (Figure 3 of the paper, with rounding as the baseline)."
     )
-    return Section("errors", TITLE, [], drawings, [listing], absent)
+    return [Drawing("weight_gains", caption, partial(error_figures.gains, nearer))] if nearer else []
+
+
+def _weights(errors: Sequence[LinearErrors]) -> Drawing:
+    lines = weight_panels(errors)
+    caption = "Weight error ‖W \N{MINUS SIGN} (Q + A Bᵀ)‖ of each linear by block (Figure A.1 of the paper)."
+    return Drawing("weight_errors", caption, partial(error_figures.error_panels, lines, "Frobenius norm"))
+
+
+def _activations(errors: Sequence[LinearErrors]) -> list[Drawing]:
+    lines = activation_panels(errors)
+    caption = (
+        "Activation error ‖X W \N{MINUS SIGN} Xq (Q + A Bᵀ)‖ for one token, of each block and linear, with the error "
+        "of all blocks before in Xq (Figure 4 of the paper); dashed, with full-precision input to the block."
+    )
+    draw = partial(error_figures.error_panels, lines, "mean norm of a token")
+    return [Drawing("activation_errors", caption, draw)] if lines else []
 
 
 def errors_table(errors: Sequence[LinearErrors]) -> Table:

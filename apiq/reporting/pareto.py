@@ -12,7 +12,6 @@ from apiq.reporting.sweeps import DONE, Sweep
 from apiq.reporting.units import known
 
 THIS = "this run"
-MODELS = ("rtn", "quantized", "finetuned")
 TUNED = "finetuned"
 
 
@@ -23,7 +22,7 @@ class Point:
     run: str
     """THIS, or the sweep and the cell."""
     model: str
-    """One of MODELS."""
+    """rtn, quantized, finetuned, ..."""
     bits: float
     """Effective bits per quantized weight, adapters included."""
     loss: float
@@ -40,20 +39,24 @@ def collect(run: Run) -> dict[Reference, list[Point]]:
     Equal points of the same model, as rounding to nearest in the cells of a sweep, are given once.
     """
     found: dict[Reference, dict[tuple[str, float, float], Point]] = {}
-    for name, evaluation, bits in [_this(run), *(each for sweep in run.sweeps for each in _cells(sweep))]:
-        for point in points(name, evaluation, bits):
+    for name, evaluation, total in [_this(run), *(each for sweep in run.sweeps for each in _cells(sweep))]:
+        for point in points(name, evaluation, total):
             same = found.setdefault(_reference(evaluation), {})
             same.setdefault((point.model, point.bits, point.loss), point)
     return {reference: list(distinct.values()) for reference, distinct in found.items()}
 
 
-def points(name: str, evaluation: results.Evaluation, bits: Mapping[str, Any]) -> list[Point]:
-    """The points of one run, from its evaluation and the effective bits of its models."""
+def points(name: str, evaluation: results.Evaluation, total: Any) -> list[Point]:
+    """The points of one run; a model has the effective bits that its evaluation names, or else `total`.
+
+    The rounded model alone has no adapters: its bits are never the total.
+    """
     found = []
-    for model in MODELS:
+    for model in results.models(evaluation):
         loss = results.mean_loss(evaluation, model)
-        if loss is not None and known(bits.get(model)):
-            found.append(Point(name, model, bits[model], loss))
+        bits = evaluation[model].get("effective_bits", None if model == "rtn" else total)
+        if model != "full" and loss is not None and known(bits):
+            found.append(Point(name, model, bits, loss))
     return found
 
 
@@ -74,27 +77,26 @@ def frontiers(points: Sequence[Point]) -> dict[bool, list[Point]]:
     return {tuned: frontier(point for point in points if (point.model == TUNED) is tuned) for tuned in (False, True)}
 
 
-def _this(run: Run) -> tuple[str, results.Evaluation, dict[str, Any]]:
-    total = run.quantization.get("effective_bits")
-    nearest = run.evaluation.get("rtn", {}).get("effective_bits")
-    return THIS, run.evaluation, {"rtn": nearest, "quantized": total, "finetuned": total}
+def _this(run: Run) -> tuple[str, results.Evaluation, Any]:
+    return THIS, run.evaluation, run.quantization.get("effective_bits")
 
 
-def _cells(sweep: Sweep) -> Iterable[tuple[str, results.Evaluation, dict[str, Any]]]:
+def _cells(sweep: Sweep) -> Iterable[tuple[str, results.Evaluation, Any]]:
     for cell in sweep.cells:
         if cell.status == DONE:
-            total, nearest = cell.metrics.get("effective_bits"), cell.metrics.get("rtn.effective_bits")
-            bits = {"rtn": nearest, "quantized": total, "finetuned": total}
-            yield f"{sweep.title}: {sweep.title_of(cell)}", _evaluation(cell.metrics), bits
+            name = f"{sweep.title}: {sweep.title_of(cell)}"
+            yield name, _evaluation(cell.metrics), cell.metrics.get("effective_bits")
 
 
 def _evaluation(metrics: Mapping[str, Any]) -> results.Evaluation:
-    """The perplexities in metrics by dotted key, `MODEL.perplexity.TEXT`."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    """What is in metrics by dotted key: `MODEL.perplexity.TEXT` and, of some, `MODEL.effective_bits`."""
+    found: dict[str, dict[str, Any]] = {}
     for key, value in metrics.items():
         model, kind, text = (*key.split(".", 2), "", "")[:3]
         if kind == "perplexity" and text:
-            found.setdefault(model, {"perplexity": {}})["perplexity"][text] = value
+            found.setdefault(model, {}).setdefault(kind, {})[text] = value
+        elif kind == "effective_bits":
+            found.setdefault(model, {})[kind] = value
     return found
 
 

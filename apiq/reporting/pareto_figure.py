@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from apiq.reporting.drawing import NARROW, apart, key, panels, styled, write
 from apiq.reporting.figures import MARKERS, plain, role
 from apiq.reporting.palette import colour
-from apiq.reporting.pareto import MODELS, THIS, TUNED, Point, frontiers
+from apiq.reporting.pareto import THIS, TUNED, Point, frontiers
 from apiq.reporting.results import KNOWN_MODELS
 
 FRONTIERS = {False: ("quantized", "frontier as quantized"), True: (TUNED, "frontier after finetuning")}
@@ -26,7 +26,7 @@ def pareto(points: Sequence[Point], width: float) -> Figure:
     left, right = min(bits) - room, max(bits) + 2 * room
     for tuned, corners in best.items():
         _staircase(axes, corners, right, *FRONTIERS[tuned])
-    for model in MODELS:
+    for model in dict.fromkeys(point.model for point in points):
         _markers(axes, [point for point in points if point.model == model], model)
     if min(point.loss for point in points) > 0:
         axes.set_yscale("log")
@@ -52,7 +52,7 @@ def _markers(axes: Axes, points: Sequence[Point], model: str) -> None:
     for own, size, face in ((False, 4.5, "paper"), (True, 7, role(model))):
         shown = [(point.bits, point.loss) for point in points if (point.run == THIS) is own]
         if shown:
-            label = KNOWN_MODELS[model] + ("" if own else ", in a sweep")
+            label = KNOWN_MODELS.get(model, model) + ("" if own else ", in a sweep")
             axes.plot(*zip(*shown, strict=True), markersize=size, markerfacecolor=colour(face), label=label, **style)
 
 

@@ -45,10 +45,13 @@ def test_a_loss_is_the_mean_over_all_texts_and_needs_bits():
         "full": {"perplexity": {"a": 1.0, "b": 2.0}},
         "quantized": {"perplexity": {"a": math.e, "b": 2 * math.e**3}},
         "finetuned": {"perplexity": {"a": 1.0}},
+        "rtn": {"perplexity": {"a": 9.0, "b": 9.0}},
     }
-    (point,) = points("run", evaluation, {"quantized": 2.5, "finetuned": 2.5, "rtn": 2.0})
+    (point,) = points("run", evaluation, 2.5)
     assert (point.model, point.bits, point.loss) == ("quantized", 2.5, pytest.approx(2.0))
-    assert points("run", evaluation, {}) == []
+    assert points("run", evaluation, None) == []
+    evaluation["quantized"]["effective_bits"] = 2.0
+    assert points("run", evaluation, 2.5)[0].bits == 2.0
 
 
 @pytest.fixture
