@@ -31,9 +31,12 @@ WORDS = 61
 SWEEP = """
 title: Three methods
 base:
+  quantize.recipe: paper
+  refine.recipe: paper
   finetune.task: none
   evaluate.perplexity: {text: {text: demo, windows: 2, length: 16}}
   evaluate.rtn: false
+  evaluate.errors: false
   evaluate.tasks: []
   calibration.windows: 4
   calibration.length: 16
