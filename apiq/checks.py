@@ -18,6 +18,7 @@ from apiq.errors import ApiqError
 from apiq.files import read_json
 from apiq.method_params import WITHOUT_ADAPTERS
 from apiq.params import CalibrationParams, EvaluateParams, FinetuneParams, ModelParams, Params, QuantizeParams
+from apiq.refine_params import RefineParams
 
 Config = Mapping[str, Any]
 
@@ -44,7 +45,7 @@ def check(params: Params, config: Config | None) -> None:
     check_finetune(params.finetune, config)
     check_evaluate(params.evaluate, config)
     check_apart(params.calibration, params.evaluate)
-    check_adapted(params.quantize, params.finetune)
+    check_adapted(params.quantize, params.refine, params.finetune)
 
 
 def known_config(model: ModelParams) -> dict[str, Any] | None:
@@ -126,15 +127,21 @@ def check_finetune(finetune: FinetuneParams, config: Config | None) -> None:
     _check_length("finetune.length", finetune.length, config)
 
 
-def check_adapted(quantize: QuantizeParams, finetune: FinetuneParams) -> None:
-    """Refuse to finetune what has no adapters."""
-    if quantize.adapted or finetune.task == "none":
+def check_adapted(quantize: QuantizeParams, refine: RefineParams, finetune: FinetuneParams) -> None:
+    """Refuse to finetune what has no adapters, and to refine it where its scales stay too."""
+    if quantize.adapted:
         return
     bare = quantize.method in WITHOUT_ADAPTERS
     key, value, other = ("method", quantize.method, "apiq-bw") if bare else ("adapter", "none", "lora")
+    if finetune.task != "none":
+        step, fix = "finetune", "finetune.task to none"
+    elif refine.epochs and not refine.lr_scales:
+        step, fix = "refine", "refine.epochs to 0"
+    else:
+        return
     raise ApiqError(
-        f"quantize.{key} is {value}, which leaves no adapters to finetune; set finetune.task to none, or take another "
-        f"{key}, such as {other}."
+        f"quantize.{key} is {value}, which leaves no adapters to {step}; set {fix}, or take another {key}, "
+        f"such as {other}."
     )
 
 

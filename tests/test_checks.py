@@ -62,8 +62,10 @@ def test_what_the_model_does_not_take_is_refused_and_the_bound_itself_is_not(key
 def test_what_has_no_adapters_is_not_finetuned(bare: str) -> None:
     told = refusal(bare, "quantize.rank=4096")
     assert "leaves no adapters to finetune; set finetune.task to none" in told
-    without = changed(bare, "quantize.rank=4096", "finetune.task=none")
-    check(without, known_config(without.model))
+    assert "leaves no adapters to refine; set refine.epochs to 0" in refusal(bare, "finetune.task=none")
+    for alone in ("refine.epochs=0", "refine.lr_scales=0.001"):
+        without = changed(bare, "quantize.rank=4096", "finetune.task=none", alone)
+        check(without, known_config(without.model))
 
 
 def test_data_of_a_finetuning_that_is_not_done_need_not_be_there() -> None:

@@ -101,7 +101,7 @@ def plan(
     shared |= {**local.changes(values), **given}
     assign(values, shared)
     name = slug(path.stem, *([profile] if profile else []), *([Path(local.model).name] if local.model else []))
-    identity = {"code": _code(), "threads": threads}
+    identity = {"code": _code(), "threads": threads, "keep": sweep.keep}
     cells = []
     for labels, own in _combinations(sweep, chosen):
         if taken := sorted(given.keys() & own.keys()):

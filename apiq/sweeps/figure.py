@@ -117,6 +117,8 @@ def picture(spec: FigureSpec, found: Sequence[Mark], width: float) -> Figure:
     if series != [""]:
         key(figure, axes[0], columns=3 if width <= NARROW else 5)
     if spec.kind == "scatter":
+        for panel in axes:
+            panel.margins(y=0.12)  # for the names of the lowest
         figure.draw_without_rendering()
         for panel, name in zip(axes, names, strict=False):
             _name_points(panel, [mark for mark in found if mark.panel == name])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,18 +31,21 @@ WORDS = 61
 SWEEP = """
 title: Three methods
 base:
+  quantize.recipe: paper
+  refine.recipe: paper
   finetune.task: none
   evaluate.perplexity: {text: {text: demo, windows: 2, length: 16}}
   evaluate.rtn: false
+  evaluate.errors: false
   evaluate.tasks: []
   calibration.windows: 4
   calibration.length: 16
   quantize.group_size: 16
 grid:
   method:
-    apiq: {quantize.method: apiq-bw, quantize.rank: 4, quantize.epochs: 40}
+    apiq: {quantize.method: apiq-bw, quantize.rank: 4, quantize.epochs: 10}
     gptq: {quantize.method: gptq}
-    failing: {quantize.method: apiq-bw, quantize.rank: 4, quantize.adapter_targets: [query]}
+    failing: {quantize.method: gptq, model.source: weightless}
 table: {rows: [method], metrics: {perplexity: quantized.perplexity.*}}
 """
 DRIVER = """
@@ -111,6 +115,8 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_the_same_cells_alone(
     root = tmp_path / "repository"
     copy_tree(root)
     (root / "three.yaml").write_text(SWEEP)
+    (root / "weightless").mkdir()
+    shutil.copy(Path(str(local.model)) / "config.json", root / "weightless")
     monkeypatch.chdir(root)
     monkeypatch.delenv("APIQ_WORK", raising=False)
     planned = plan("three.yaml", local=local)
@@ -126,7 +132,8 @@ def test_a_killed_sweep_goes_on_and_its_cells_are_the_same_cells_alone(
         with pytest.raises(ApiqError, match="another process runs the sweep"), bench(root, planned.name, None, [], 1):
             pass
     assert [outcome.status for outcome in outcomes] == ["done", "done", "failed"]
-    assert "quantize.adapter_targets names query" in str(outcomes[2].error)
+    assert str(outcomes[2].error).startswith("the stage model failed: the model in ")
+    assert "weightless has no weights" in str(outcomes[2].error)
     assert all(outcome.metrics["quantized.perplexity.text"] > 1 for outcome in outcomes[:2])
     assert record.stat().st_mtime_ns == finished
     assert os.listdir(root / ".prefect" / "sweeps" / "cells") == []
