@@ -115,10 +115,9 @@ def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: b
         raise ApiqError(
             f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn."
         )
-    if parallel.size() > 1 and (params.shuffle or params.held_out):
+    if parallel.size() > 1 and params.held_out:
         raise ApiqError(
-            f"quantize.shuffle and quantize.held_out must be off with several processes, found {params.shuffle} and "
-            f"{params.held_out}: each process holds its own windows."
+            f"quantize.held_out is {params.held_out}; it must be 0 with several processes: each holds its own windows."
         )
 
 

@@ -72,7 +72,7 @@ class QuantizeParams(Section):
     """Windows in a step. The learning rates are used as they are and were chosen for steps of 1 window; for b windows
     multiply both by sqrt(b), the rule for AdamW (arXiv 2205.10287). Steps of few windows are slower and fit better."""
     shuffle: bool = False
-    """Take the windows in another random order in every pass; Table A.1 keeps one order."""
+    """Take the batches of windows in another random order in every pass; Table A.1 keeps one order."""
     rounding: Literal["straight-through", "soft"] = "straight-through"
     """In apiq-lw, apiq-bw and omniquant: rounding to nearest with the gradient of the identity, or a smooth staircase
     with its own gradient, which is annealed to rounding to nearest over the steps."""

@@ -19,7 +19,7 @@ class RefineParams(Section):
     """Where epochs and generated come from when they are left open: paper (no refinement), best, or fast."""
     epochs: Annotated[int, Field(ge=0)] = 2
     """Passes over the calibration windows and the generated ones; 0 leaves the quantized model as it is."""
-    generated: Annotated[int, Field(ge=0)] = 512
+    generated: Annotated[int, Field(ge=0)] = 1024
     """Windows that the quantized model writes itself, each going on from a piece of a calibration window, and that the
     full-precision model judges like the others. A few windows of text alone are soon learnt by heart."""
     prompt: Positive = 16
@@ -29,7 +29,7 @@ class RefineParams(Section):
     batch_size: Positive = 4
     """Windows in a step."""
     shuffle: bool = True
-    """Take the windows in another random order in every pass."""
+    """Take the batches of windows in another random order in every pass."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """The learning rates stay, or fall to 0 along a cosine."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0

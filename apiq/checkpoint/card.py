@@ -131,6 +131,8 @@ def _quantization(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> 
         fitted = ("epochs", "batch_size", "lr_theta", "lr_adapter")
         rows += [(name, facts["parameters"][name]) for name in fitted if name in facts["parameters"]]
         rows += [(f"calibration {name}", value) for name, value in sorted(calibration.items())]
+    refined = facts.get("refined", {})
+    rows += [(f"refined, {name}", refined[name]) for name in ("epochs", "generated", "lr_adapter") if name in refined]
     return rows
 
 

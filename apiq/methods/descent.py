@@ -22,7 +22,7 @@ from apiq.methods.flat import Group, Optimizer
 
 RETRIES = 5
 """Times that an epoch is tried again, each time at half the rate, before giving up."""
-RESCALES = 3
+RESCALES = 5
 """Times that in float16 it is tried with the loss scaled by 1/64 before that."""
 
 
@@ -268,17 +268,13 @@ class _Descent:
         return mean if math.isfinite(mean) else math.inf
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches of one epoch, in fixed order or shuffled."""
+        """The batches of one epoch, in fixed order or another one; what is in a batch stays the same."""
         size = self.params.batch_size
-        order = torch.randperm(self.trained, generator=self.generator) if self.params.shuffle else None
-        for start in range(0, self.trained, size):
-            stop = min(start + size, self.trained)
-            if order is None:
-                yield slice(start, stop)
-            elif size == 1:
-                yield slice(int(order[start]), int(order[start]) + 1)
-            else:
-                yield order[start:stop]
+        starts = torch.arange(0, self.trained, size)
+        if self.params.shuffle:
+            starts = starts[torch.randperm(len(starts), generator=self.generator)]
+        for start in starts.tolist():
+            yield slice(start, min(start + size, self.trained))
 
 
 def _lowest(losses: list[float]) -> int:

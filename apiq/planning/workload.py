@@ -66,8 +66,8 @@ def _fitted(block: nn.Module, call: BlockCall, params: QuantizeParams) -> nn.Mod
             index=0, block=block, call=call, X=None, Xq=None, targets=None, counted=None, seed=0,
             autocast=contextlib.nullcontext, report=lambda share, loss, detail: None,
         )  # fmt: skip
-        ranges_alone = {"adapter": "none"} if params.method == "omniquant" else {}
-        Fit(problem, params.model_copy(update=ranges_alone))
+        alone = {"adapter": "none"} if params.method == "omniquant" else {}
+        Fit(problem, params.model_copy(update={"ranges": "whole", "start": "default", **alone}))
     return block
 
 

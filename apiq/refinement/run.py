@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from apiq.checkpoint import manifest
+from apiq.checkpoint.card import card
 from apiq.checkpoint.loading import full_precision, load
 from apiq.checkpoint.original import require_original
 from apiq.checkpoint.rewriting import rewritten
 from apiq.device import pick_device, pick_dtype, precision
 from apiq.evaluation.perplexity import refuse
-from apiq.files import new_folder, read_json, write_json
+from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.meter import Meter
 from apiq.methods.descent import Batch, Objective, Trace, descend
 from apiq.methods.flat import names
@@ -156,3 +157,4 @@ def _write(
             rows.writerows([epoch, repr(loss)] for epoch, loss in enumerate(trace.losses, start=1))
         kept = {key: value for key, value in facts.items() if key not in ("format", "kind", "files")}
         manifest.write(new, "quantized", **{**kept, "refined": params.model_dump(mode="json")})
+        write_text(new / "README.md", card(new))

@@ -28,7 +28,8 @@ class Trained:
             ApiqError: nothing can be.
         """
         self.model = model
-        self.base: nn.Module = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        adapted = isinstance(model, peft.PeftModel)
+        self.base: nn.Module = model.get_base_model() if adapted else model.requires_grad_(False)
         self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self.adapters:
             parameter.data = parameter.data.float()

@@ -33,10 +33,10 @@ class Folders:
     model: Path | None = None
     calibration: Path | None = None
     quantized: Path | None = None
-    refined: Path | None = None
     finetuned: Path | None = None
     evaluation: Path | None = None
     timing: Path | None = None
+    refined: Path | None = None
     sweeps: Path | None = None
 
     @classmethod

@@ -19,8 +19,8 @@ VOCABULARY = 61
 
 def settings(**values):
     return QuantizeParams(
-        **{"bits": 2, "group_size": 16, "rank": 4, "alpha": 8.0, "epochs": 6, "batch_size": 2, "lr_theta": 0.02,
-           "lr_adapter": 0.01, "decay_adapter": 0.0, **values}
+        **{"recipe": "paper", "bits": 2, "group_size": 16, "rank": 4, "alpha": 8.0, "epochs": 6, "batch_size": 2,
+           "lr_theta": 0.02, "lr_adapter": 0.01, "decay_adapter": 0.0, **values}
     )  # fmt: skip
 
 

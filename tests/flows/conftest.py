@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("model", "calibration", "quantize", "finetune", "evaluate", "report")
+STAGES = ("model", "calibration", "quantize", "refine", "finetune", "evaluate", "report")
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false")
 
 
@@ -22,7 +22,7 @@ def code_dependencies(pipeline: str) -> list[str]:
 def build(folder: Path) -> Path:
     """A committed git and DVC repository in `folder`."""
     shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "data/.gitignore"):
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "data/.gitignore", "data/sweeps/README.md"):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "stages").mkdir()

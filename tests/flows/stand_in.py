@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-FOLDERS = {"quantize": "quantized", "finetune": "finetuned", "evaluate": "evaluation"}
+FOLDERS = {"quantize": "quantized", "refine": "refined", "finetune": "finetuned", "evaluate": "evaluation"}
 
 name = Path(__file__).stem
 bits = YAML(typ="safe").load(Path("params.yaml").read_text())["quantize"]["bits"]

@@ -16,6 +16,7 @@ FITTED = ["apiq-bw", "apiq-lw", "omniquant"]
 
 def settings(**values):
     values = {"bits": 2, "group_size": 16, "rank": 4, "epochs": 10, "batch_size": 2, "rounding": "soft", **values}
+    values["recipe"] = "paper"
     return QuantizeParams(**values)
 
 

@@ -47,7 +47,8 @@ def problem():
 @pytest.mark.parametrize("more", [{}, {"shuffle": True, "batch_size": 2}])
 def test_an_expert_without_tokens_is_reported_and_fitted_to_its_weight(problem, method, more):
     weights = {name: linear.weight.clone() for name, linear in problem.linears().items()}
-    params = QuantizeParams(method=method, group_size=16, rank=4, epochs=8, lr_adapter=0.005, second_term=False, **more)
+    few = {"recipe": "paper", "group_size": 16, "rank": 4, "epochs": 8, "lr_adapter": 0.005, "second_term": False}
+    params = QuantizeParams(**{"method": method, **few, **more})
     solution = build(params).solve(problem)
     assert solution.unreached == UNREACHED
     assert solution.linears.keys() == weights.keys()

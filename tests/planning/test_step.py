@@ -76,7 +76,7 @@ def test_what_is_kept_is_what_autograd_keeps_in_the_real_block():
     )  # fmt: skip
     model, blocks = probe(config)
     call = block_calls(model, blocks, 32, CPU)[0]
-    params, shape = QuantizeParams(method="apiq-lw", rank=4, group_size=32), (2, 32, 64)
+    params, shape = QuantizeParams(recipe="paper", method="apiq-lw", rank=4, group_size=32), (2, 32, 64)
     work = fitting_pass(blocks.modules[0], call, params, shape, torch.float32, torch.float32, CPU)
     block = copy.deepcopy(blocks.modules[0]).to_empty(device="cpu")
     for parameter in block.parameters():
@@ -104,7 +104,13 @@ def test_a_pass_of_every_kind_of_block_is_counted(family):
         linear.weight.numel() * (passed / 4 if "experts" in name else 1) for name, linear in linears(block).items()
     )
     work = fitting_pass(
-        block, call, QuantizeParams(rank=4, group_size=16), (2, 8, 32), torch.float32, torch.float32, CPU
+        block,
+        call,
+        QuantizeParams(recipe="paper", rank=4, group_size=16),
+        (2, 8, 32),
+        torch.float32,
+        torch.float32,
+        CPU,
     )
     assert work.flops_forward >= 2 * 16 * weights
     assert work.flops > 2 * work.flops_forward

@@ -45,6 +45,7 @@ def test_the_divergence_falls_and_what_was_trained_is_what_is_read(make, origina
         own = load(out).model(input_ids=windows).logits.log_softmax(-1)
     if "top_k" not in values:
         assert float((full.exp() * (full - own)).sum(-1).mean()) == pytest.approx(found["loss_last"], rel=1e-4)
+    assert "refined, epochs | 6" in (out / "README.md").read_text()
     assert not list(work.iterdir())
     rows = list(csv.DictReader((out / "refine.csv").open()))
     assert 1 <= len(rows) <= 6

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = """
 title: Small
 source: Table 0
-base: {finetune.task: none, evaluate.tasks: []}
+base: {refine.epochs: 0, finetune.task: none, evaluate.tasks: []}
 grid:
   quantize.bits: [3, 2]
   method:

@@ -19,7 +19,7 @@ def test_each_combination_is_a_cell_with_what_all_share(write):
     found = plan(write()).cells
     assert [tuple(cell.labels.values()) for cell in found] == list(product(["3", "2"], ["rtn", "bw"]))
     assert found[3].changes == {"quantize.bits": 2, "quantize.method": "apiq-bw", "quantize.rank": 4}
-    assert found[3].settings == {"finetune.task": "none", "evaluate.tasks": [], **found[3].changes}
+    assert found[3].settings == {"refine.epochs": 0, "finetune.task": "none", "evaluate.tasks": [], **found[3].changes}
 
 
 def test_names_are_readable_and_follow_all_that_decides_a_result(write, place):
