@@ -67,7 +67,14 @@ def measure(model: Path, chosen: argparse.Namespace, folder: Path) -> dict[str, 
     import json
 
     config = LlamaConfig.from_pretrained(model)
-    params = {"method": chosen.method, "bits": 2, "group_size": 64, "rank": 16, "epochs": chosen.epochs}
+    params = {
+        "recipe": "paper",
+        "method": chosen.method,
+        "bits": 2,
+        "group_size": 64,
+        "rank": 16,
+        "epochs": chosen.epochs,
+    }
     facts = {
         "model": str(model), "vocabulary": config.vocab_size, "windows": chosen.windows, "length": chosen.length,
         "params": {**params, "device": "cpu"}, "out": str(folder / "out"),

@@ -60,7 +60,13 @@ def main() -> None:
 def measure(model: Path, method: str, chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds by block and of the whole, peak memory, and the floor."""
     device = torch.device(chosen.device)
-    settings: dict[str, Any] = {"method": method, "device": chosen.device, "rank": chosen.rank, "epochs": chosen.epochs}
+    settings: dict[str, Any] = {
+        "recipe": "paper",
+        "method": method,
+        "device": chosen.device,
+        "rank": chosen.rank,
+        "epochs": chosen.epochs,
+    }
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, 32000, (chosen.windows, chosen.length), generator=generator)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
