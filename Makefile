@@ -13,7 +13,7 @@ BENCH_TRAIN ?= ../shared/data/tinystories/train.parquet
 BENCH_TEXT ?= ../shared/data/tinystories/validation.parquet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint types regression bench lock clean
+.PHONY: help demo test slow setup lint types regression bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,8 +22,11 @@ demo: setup ## Run the whole pipeline on a small model (CPU, offline, minutes) a
 	$(BIN)/dvc repro
 	@echo "The report: $(CURDIR)/data/report/report.html"
 
-test: setup ## Run the tests
-	$(BIN)/pytest -n 2
+test: setup ## Run the tests, but those that take long
+	$(BIN)/pytest -n 2 -m "not slow"
+
+slow: setup ## Run the tests that take long: flows and sweeps on scratch repositories, several processes, measured memory
+	$(BIN)/pytest -n 2 -m slow
 
 setup: $(READY) ## Make .venv with the locked versions (demo and test do it when needed)
 

@@ -35,6 +35,7 @@ def run(processes, **facts):
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 def test_two_processes_equal_one(original, windows, tmp_path, work, padded):
     if padded:
