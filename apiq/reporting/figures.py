@@ -15,7 +15,7 @@ from apiq.reporting.palette import colour, ramp
 from apiq.reporting.units import duration, memory, nats, number, power, short_names
 
 ERROR = "mean squared error"
-MARKERS = {"quantized": "o", "finetuned": "D"}
+MARKERS = {"quantized": "o", "refined": "^", "finetuned": "D"}
 
 
 @styled
@@ -187,7 +187,7 @@ def finetuning(log: TrainingLog, width: float) -> Figure:
 
 def role(model: str) -> str:
     """The colour role of a model of the evaluation."""
-    return model if model in ("full", "quantized", "finetuned") else "baseline"
+    return model if model in ("full", "quantized", "refined", "finetuned") else "baseline"
 
 
 def plain(axes: Axes) -> None:

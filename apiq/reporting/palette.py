@@ -16,6 +16,7 @@ ROLES: dict[str, tuple[str, str]] = {
     "full": ("#6a737d", "#aab3bc"),
     "baseline": ("#8a5a9e", "#c79bd8"),
     "quantized": ("#bf4b00", "#f0894a"),
+    "refined": ("#00755b", "#45b88f"),
     "finetuned": ("#0067a8", "#5eb3ec"),
     "codes": ("#0068aa", "#4ea6e0"),
     "scales": ("#e0962a", "#e8ad55"),
