@@ -1,7 +1,8 @@
 """Named settings of the two phases that fit a model, for the keys that are left open.
 
 `paper` are the settings of the ApiQ paper (arXiv 2402.05147, Table A.1), which has no refinement; `best` gives the
-least loss that was measured here, `fast` the most for a tenth of its time (docs/quality.md has the figures).
+least loss that was measured here (docs/quality.md); `fast` has a fifth of its passes over the blocks and no generated
+windows, and has not been measured yet.
 """
 
 from __future__ import annotations

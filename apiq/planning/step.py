@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from apiq.blocks.capture import BlockCall
+from apiq.device import precision
 from apiq.grids import sweeps
 
 PIECES = 16
@@ -88,7 +89,7 @@ def _fake(
 ) -> Iterator[tuple[Callable[[], Tensor], list[Tensor]]]:  # fmt: skip
     """A forward of `block` on tensors without data, and the tensors that are there before it."""
     largest = max(value.numel() for value in [*block.parameters(), *block.buffers()])
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _precision(device, compute), _coarser(largest // PIECES):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, precision(device, compute), _coarser(largest // PIECES):
         for name, value in [*block.named_parameters(), *block.named_buffers()]:
             empty = torch.empty(value.shape, dtype=_dtype(value, weights), device=device)
             kept = nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
@@ -112,7 +113,7 @@ def _fake(
 
 def count_head(rows: int, vocabulary: int, width: int, compute: torch.dtype, device: torch.device) -> int:
     """Most bytes alive at a time in logits and cross-entropy of `rows` tokens, forward and backward."""
-    with FakeTensorMode(), _precision(device, compute):
+    with FakeTensorMode(), precision(device, compute):
         weight = torch.empty(vocabulary, width, dtype=compute, device=device)
         hidden = torch.empty(rows, width, dtype=compute, device=device, requires_grad=True)
         labels = torch.empty(rows, dtype=torch.int64, device=device)
@@ -190,7 +191,3 @@ def _dtype(value: Tensor, weights: torch.dtype) -> torch.dtype:
 
 def _trains(block: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
-
-
-def _precision(device: torch.device, compute: torch.dtype) -> AbstractContextManager:
-    return contextlib.nullcontext() if compute == torch.float32 else torch.autocast(device.type, dtype=compute)

@@ -58,11 +58,8 @@ class Trained:
                 module.p = 0.0
             elif isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        self.base.activation_checkpointing_enable(
-            {  # pyright: ignore[reportCallIssue]
-                "use_reentrant": False
-            }
-        )
+        how = {"use_reentrant": False}
+        self.base.activation_checkpointing_enable(how)  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
     def scales(self) -> dict[str, Tensor]:
