@@ -39,6 +39,7 @@ def quantize(
     recipe: Annotated[str | None, field(QuantizeParams, "recipe")] = None,
     bits: Annotated[int | None, field(QuantizeParams, "bits")] = None,
     group_size: Annotated[int | None, field(QuantizeParams, "group_size")] = None,
+    target_bits: Annotated[float | None, field(QuantizeParams, "target_bits", default="none")] = None,
     symmetric: Annotated[bool | None, field(QuantizeParams, "symmetric", "--symmetric/--asymmetric")] = None,
     rank: Annotated[int | None, field(QuantizeParams, "rank")] = None,
     adapter: Annotated[str | None, field(QuantizeParams, "adapter")] = None,
@@ -72,7 +73,8 @@ def quantize(
 
     given = {
         "quantize": {"method": method, "recipe": recipe, "bits": bits, "group_size": group_size,
-                     "symmetric": symmetric, "rank": rank, "adapter": adapter, "adapter_targets": adapter_targets,
+                     "target_bits": target_bits, "symmetric": symmetric, "rank": rank, "adapter": adapter,
+                     "adapter_targets": adapter_targets,
                      "epochs": epochs, "batch_size": batch_size, "device": device, "seed": seed},
         "calibration": {"corpus": calibration, "windows": windows, "length": length, "column": column, "join": join,
                         "seed": seed},

@@ -25,6 +25,7 @@ class Format(StrEnum):
     AWQ = "awq"
     GGUF = "gguf"
     DENSE = "dense"
+    APIQ = "apiq"
 
 
 def export(
@@ -34,6 +35,10 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Of what is not quantized: float32, float16, bfloat16; auto chooses by the format.")
     ] = "auto",
+    adapter_bits: Annotated[
+        int | None,
+        typer.Option(help="8 or 4: store A and B in so many bits; for format apiq.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write FOLDER in the format of another program, with the same codes, scales and zero points.
@@ -42,7 +47,8 @@ def export(
 
     compressed-tensors for vLLM, SGLang and transformers: 1 to 8 bits. gptq-v2 for gptqmodel: 2, 3, 4 and 8 bits. gptq
     for engines that read version 1 only: symmetric, 4 and 8 bits. awq: 4 bits. gguf for llama.cpp: where its blocks of
-    32 hold the codes. dense for everything else: dequantized.
+    32 hold the codes. dense for everything else: dequantized. apiq for apiq itself, with trained adapters inside the
+    folder, in few bits with --adapter-bits.
 
     The adapter goes beside, in OUT/adapter, in PEFT's format. What a format cannot hold exactly is refused, with the
     setting that makes it possible.
@@ -50,7 +56,7 @@ def export(
     with working("export"):
         from apiq.exports.run import export as write
 
-        result = write(folder, out, format.value, dtype)
+        result = write(folder, out, format.value, dtype, adapter_bits)
     show(result, as_json)
 
 

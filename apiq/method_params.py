@@ -66,13 +66,6 @@ class LqLoraParams(Section):
     """Store the scales of NormalFloat in 8 bits."""
     weights: Literal["none", "fisher"] = "none"
     """What an error of a weight counts: the same everywhere, or by its Fisher information, which needs windows."""
-    target_bits: Annotated[float, Field(gt=0, le=16)] | None = None
-    """Mean bits of a weight with its share of scales and zero points, adapters not counted, that are divided among
-    the linears; none: all have `bits` and `group_size`."""
-    candidate_bits: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4]  # noqa: RUF012 (pydantic copies it)
-    """Bits among which each linear has its choice under target_bits."""
-    candidate_group_sizes: Annotated[list[GroupSize], Field(min_length=1)] = [16, 32, 64]  # noqa: RUF012
-    """Group sizes likewise."""
 
 
 class ClosedFormParams(Section):

@@ -23,11 +23,11 @@ def combinations(params: QuantizeParams) -> None:
         levels = f"the NormalFloat of method {params.method}"
         require(low <= params.bits <= high, "bits", params.bits, f"{low} to {high} for {levels}")
         require(not params.symmetric, "symmetric", params.symmetric, f"false for {levels}, which has no zero points")
-    if params.method == "lq-lora" and params.lq_lora.target_bits is not None:
+    if params.target_bits is not None:
         low, high = NORMAL_FLOAT_BITS if params.normal_float else (2 if params.symmetric else 1, 8)
-        asked = params.lq_lora.candidate_bits
+        asked = params.candidate_bits
         fits = all(low <= bits <= high for bits in asked)
-        require(fits, "lq_lora.candidate_bits", asked, f"{low} to {high} for these levels")
+        require(fits, "candidate_bits", asked, f"{low} to {high} for these levels")
     fitted = params.method in ("loftq", "lq-lora", "closed-form")
     if fitted or (params.start == "closed-form" and params.method in ("apiq-lw", "apiq-bw")):
         what = f"method {params.method}" if fitted else "start closed-form"

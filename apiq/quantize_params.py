@@ -47,6 +47,16 @@ class QuantizeParams(Section):
     """Bits of a code, b."""
     group_size: GroupSize = 64
     """Weights that share a scale and a zero point, g; 0 for one group a row. Need not divide the width."""
+    target_bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    """Mean bits of a weight with its share of scales and zero points, adapters not counted, that are divided among
+    the linears where they count most; none: all have `bits` and `group_size`."""
+    candidate_bits: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4]  # noqa: RUF012 (pydantic copies it)
+    """Bits that a linear may get under target_bits."""
+    candidate_group_sizes: Annotated[list[GroupSize], Field(min_length=1)] = [32, 64, 128]  # noqa: RUF012
+    """Group sizes that a linear may get under target_bits."""
+    sensitivity: Literal["fisher", "none"] = "fisher"
+    """What an error of a weight counts where target_bits are divided: its Fisher information, from gradients of the
+    whole model on the calibration windows, or the same everywhere."""
     symmetric: bool = False
     """Fixed zero point 2^(b-1) instead of a learned one."""
     rank: Positive = 64
@@ -124,7 +134,13 @@ class QuantizeParams(Section):
     @property
     def calibrated(self) -> bool:
         """Whether the method needs calibration windows."""
-        return self.method not in WITHOUT_CALIBRATION or (self.method == "lq-lora" and self.lq_lora.weights == "fisher")
+        return self.method not in WITHOUT_CALIBRATION or self.fisher
+
+    @property
+    def fisher(self) -> bool:
+        """Whether gradients of the loss of the whole model are taken first."""
+        for_grids = self.target_bits is not None and self.sensitivity == "fisher"
+        return for_grids or (self.method == "lq-lora" and self.lq_lora.weights == "fisher")
 
     @property
     def normal_float(self) -> bool:

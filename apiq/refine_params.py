@@ -42,6 +42,8 @@ class RefineParams(Section):
     lr_scales: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate of the scales, relative to their size; 0 leaves them as they are. For models without adapters:
     beside adapters it did not pay (docs/quality.md)."""
+    adapter_bits: Literal[8, 4] | None = None
+    """Store the matrices of the adapters in so many bits, and train them as they will be rounded; none: as they are."""
     weight_decay: Decay = 0.0
     """AdamW weight decay of the adapters."""
     activation_checkpointing: bool | Literal["auto"] = "auto"

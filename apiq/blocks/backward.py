@@ -36,7 +36,7 @@ def squared_gradients(whole: Whole) -> Iterator[tuple[int, nn.Module, dict[str, 
     if not whole.stream.model.can_generate():
         raise ApiqError(
             f"{type(whole.stream.model).__name__} does not predict the next token, so it has no loss on calibration "
-            "windows to take gradients of: set quantize.lq_lora.weights to none."
+            "windows to take gradients of: set quantize.sensitivity, or quantize.lq_lora.weights, to none."
         )
     inputs = _forward(whole)
     gradient = _head(whole, inputs.pop())

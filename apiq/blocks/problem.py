@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from apiq.blocks.activations import Activations, Batch, mean_squared_error
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
+from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
 
 
@@ -41,6 +42,8 @@ class Problem:
     """The precision in which the block is to be computed."""
     report: Callable[[float, float, str], None]
     """Called with the share of the block that is done, the newest loss and a word on where the method is."""
+    grids: dict[str, Grid] = field(default_factory=dict)
+    """The grids of linears, by name inside the block, that have another one than the parameters say."""
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of the block by name."""

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apiq.checkpoint.adapter_file import adapter_file
 from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
@@ -53,9 +54,9 @@ def effective_bits(folder: str | Path, adapter: str | Path | None = None) -> Bit
     weights = sum(math.prod(shape) for shape in shapes.values())
     if not weights:
         raise ApiqError(f"{folder} holds no packed linears to count the bits of.")
-    low_rank = Path(adapter or folder / "adapter") / "adapter_model.safetensors"
+    low_rank = adapter_file(Path(adapter or folder / "adapter"))
     extra = 0
-    if low_rank.exists():
+    if low_rank is not None:
         extra = sum(_size(entry) for name, entry in read_header(low_rank).items() if name != "__metadata__")
     parts = {name: bits / weights for name, bits in {**spent, "adapters": extra}.items()}
     return Bits(**parts, total=sum(parts.values()), weights=weights)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from apiq.blocks.stream import ModelStream
 from apiq.checkpoint import manifest, skipped
+from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, write_adapter_file
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 
@@ -158,7 +161,12 @@ def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:
     with warnings.catch_warnings():
         # peft 0.21 itself asks transformers 5 for a property by its old name
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        if adapter_file(adapter) != adapter / PACKED:
+            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        with tempfile.TemporaryDirectory() as folder:  # PEFT reads adapters from a folder only
+            shutil.copy2(adapter / "adapter_config.json", folder)
+            write_adapter_file(Path(folder), read_adapter(adapter))
+            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
 
 def _stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apiq.checkpoint.adapter_file import adapter_file, read_adapter
 from apiq.checkpoint.grid_config import grid_for
 from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
@@ -71,14 +72,14 @@ def linear(folder: str | Path, name: str, adapter: str | Path | None = None) -> 
 
 
 def _adapters(folder: Path, name: str) -> tuple[Tensor | None, Tensor | None, float]:
-    if not (folder / "adapter_model.safetensors").exists():
+    if adapter_file(folder) is None:
         return None, None, 0.0
     config = read_json(folder / "adapter_config.json")
     if config["peft_type"] != "LORA" or config["use_dora"]:
         return None, None, 0.0
     keys = [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        if keys[0] not in file.keys():  # noqa: SIM118 (not a mapping)
-            return None, None, 0.0
-        A, B = (file.get_tensor(key).float() for key in keys)
+    state = read_adapter(folder, keys)
+    if len(state) < len(keys):
+        return None, None, 0.0
+    A, B = (state[key].float() for key in keys)
     return A, B, config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])

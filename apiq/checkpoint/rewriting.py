@@ -11,15 +11,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apiq.checkpoint import manifest
+from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.layout import INDEX
 from apiq.files import new_folder, read_json
 
 
-def rewritten(folder: Path, new: Path, scales: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> None:
+def rewritten(
+    folder: Path,
+    new: Path,
+    scales: Mapping[str, Tensor],
+    adapters: Mapping[str, Tensor],
+    adapter_bits: int | None = None,
+) -> None:
     """Copy the checkpoint in `folder` to the folder `new`, all but its manifest, with other `scales` and `adapters`.
 
     `scales` are by the name of their linear in the model, `adapters` by the names that PEFT saves them by; each
-    is written in the precision in which it was stored.
+    is written in the precision in which it was stored, or the matrices of the adapters in `adapter_bits`.
     """
     shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME))
     places: dict[str, dict[str, Tensor]] = {}
@@ -30,7 +37,9 @@ def rewritten(folder: Path, new: Path, scales: Mapping[str, Tensor], adapters: M
     for file, values in places.items():
         _replace(new / file, values)
     if adapters:
-        _replace(new / "adapter" / "adapter_model.safetensors", adapters)
+        before = read_adapter(folder / "adapter")
+        kept = {name: value.detach().to(before[name].dtype) for name, value in adapters.items()}
+        write_adapter_file(new / "adapter", before | kept, adapter_bits)
 
 
 def _replace(path: Path, values: Mapping[str, Tensor]) -> None:

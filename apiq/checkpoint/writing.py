@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apiq.checkpoint.adapter_file import write_adapter_file
 from apiq.checkpoint.layout import INDEX
 from apiq.files import write_json
 from apiq.layers.packed import SCALE_PARTS, PackedLinear
@@ -64,7 +65,7 @@ def write_adapter(folder: Path, state: Mapping[str, Tensor], config: peft.PeftCo
     config.base_model_name_or_path = ".."
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / "adapter_model.safetensors")
+    write_adapter_file(folder, state)
 
 
 def stored(value: Tensor, dtype: torch.dtype) -> Tensor:

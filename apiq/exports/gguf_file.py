@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from apiq.adapters.injection import IN_BLOCK
+from apiq.checkpoint.adapter_file import read_adapter
 from apiq.errors import ApiqError
 from apiq.exports.gguf_blocks import BLOCK, blocks, fitting
 from apiq.exports.gguf_vocabulary import add_vocabulary, check_vocabulary
@@ -149,7 +149,7 @@ def _write_lora(source: Source, path: Path, names: Any, config: Any, architectur
     import gguf
 
     assert source.adapter is not None
-    state = load_file(source.adapter / "adapter_model.safetensors")
+    state = read_adapter(source.adapter)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

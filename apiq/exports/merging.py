@@ -8,11 +8,11 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apiq.adapters.injection import IN_BLOCK, SHARED
 from apiq.blocks.unfuse import linear_of
+from apiq.checkpoint.adapter_file import read_adapter
 from apiq.errors import ApiqError
 from apiq.exports.shards import cast, write_folder
 from apiq.exports.source import Linear, Source
@@ -31,7 +31,7 @@ class Merger:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """The tensors of the adapters by PEFT's names."""
-        return load_file(self.folder / "adapter_model.safetensors")
+        return read_adapter(self.folder)
 
     @torch.no_grad()
     def merged(self, linears: list[Linear]) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from apiq.errors import ApiqError
-from apiq.exports import awq, compressed_tensors, dense, gguf_file, gptq
+from apiq.exports import awq, compressed_tensors, dense, gguf_file, gptq, own
 from apiq.exports.shards import write_adapter
 from apiq.exports.source import Source, open_source
 from apiq.files import new_folder
 
+OWN = "apiq"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -50,21 +51,29 @@ FORMATS = {
 }
 
 
-def export(folder: str | Path, out: str | Path, format: str, dtype: str = "auto") -> dict[str, Any]:
+def export(
+    folder: str | Path, out: str | Path, format: str, dtype: str = "auto", adapter_bits: int | None = None
+) -> dict[str, Any]:
     """Write the quantized model in `folder`, or a finetuned folder with its base, to `out` in another format.
 
     Codes, scales and zero points are those of the checkpoint, bit for bit, or the export is refused before anything
     is written. What is not quantized is cast to `dtype`: auto is the precision of the checkpoint where the format
     holds the scales in it, else float16. The adapter lies beside, in `out`/adapter, in PEFT's format.
 
+    Format `apiq` is that of the checkpoint, with the adapters inside, in 8 or 4 bits if `adapter_bits` says so.
+
     Returns:
-        `format`, `dtype`, `linears`, `bytes` of the files, `out`.
+        `format`, `dtype`, `linears`, `bytes` of the files, `out`; for `apiq` the effective bits.
 
     Raises:
         ApiqError: the format cannot hold the model as it is, or the folder is not whole.
     """
+    if format == OWN and dtype == "auto":
+        return own.write(open_source(folder), Path(out), adapter_bits) | {"format": format}
+    if format == OWN or adapter_bits is not None:
+        raise ApiqError(f"--dtype is for other formats than {OWN}, --adapter-bits for {OWN}; leave one of them out.")
     if format not in FORMATS:
-        raise ApiqError(f"there is no format {format}; there are {', '.join(FORMATS)}.")
+        raise ApiqError(f"there is no format {format}; there are {', '.join([*FORMATS, OWN])}.")
     chosen, source = FORMATS[format], open_source(folder)
     precision = precision_of(dtype, chosen.default(source.dtype))
     chosen.check(source, precision)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.layout import INDEX
 from apiq.checkpoint.writing import stored
 from apiq.errors import ApiqError
@@ -58,8 +59,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     if source.adapter is None:
         return
     (folder / "adapter").mkdir()
-    name = "adapter_model.safetensors"
-    shutil.copyfile(source.adapter / name, folder / "adapter" / name)
+    write_adapter_file(folder / "adapter", read_adapter(source.adapter))
     config = read_json(source.adapter / "adapter_config.json")
     write_json(folder / "adapter/adapter_config.json", config | {"base_model_name_or_path": ".."})
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import TrainerState
 
 from apiq.checkpoint import manifest
+from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.loading import Loaded, load
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import context_length
@@ -28,7 +29,7 @@ from apiq.randomness import borrowed
 from apiq.work import code_version, work_folder
 
 COLUMNS = ["step", "loss", "held_out_loss", "learning_rate"]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 
 
 def finetune(
@@ -124,7 +125,7 @@ def _write(
 
 def _write_adapter(folder: Path, source: Path, base: str) -> None:
     folder.mkdir()
-    shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+    write_adapter_file(folder, read_adapter(source))
     config = read_json(source / CONFIG)
     write_json(folder / CONFIG, config | {"base_model_name_or_path": base, "inference_mode": True})
 

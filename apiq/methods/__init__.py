@@ -6,6 +6,7 @@ from apiq.blocks.problem import Method
 from apiq.methods.apiq_bw import ApiqBlockwise
 from apiq.methods.apiq_lw import ApiqLayerwise
 from apiq.methods.awq import Awq
+from apiq.methods.budgeted import Budgeted
 from apiq.methods.closed_form import ClosedForm
 from apiq.methods.gptq import Gptq
 from apiq.methods.gptq_lora import GptqLora
@@ -32,5 +33,6 @@ METHODS = {
 
 
 def build(params: QuantizeParams) -> Method:
-    """The method that `params` names, with its parameters."""
-    return METHODS[params.method](params)
+    """The method that `params` names, with its parameters; on a grid for each linear under a target of bits."""
+    method = METHODS[params.method](params)
+    return method if params.target_bits is None else Budgeted(method, params)

@@ -10,7 +10,7 @@ from apiq.grids.affine import Grid, encode
 from apiq.grids.search import searched
 from apiq.methods.equivalent import Pair, pairs, put, transformed
 from apiq.methods.gptq import add, output_error
-from apiq.methods.grid import grid_of, nearest, packed, values
+from apiq.methods.grid import grid_in, nearest, packed, values
 from apiq.methods.moments import Moments, in_order, moments
 from apiq.params import QuantizeParams
 
@@ -34,7 +34,6 @@ class Awq:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
-        self.grid = grid_of(params)
 
     @torch.no_grad()
     def solve(self, problem: Problem) -> Solution:
@@ -43,14 +42,15 @@ class Awq:
         others: dict[str, Tensor] = {}
         for pair in pairs(problem):
             found = moments(problem, problem.linears(), pair.readers[0], size)
-            changed = transformed(problem.block, pair, best_factors(problem, pair, found, self.grid))
+            grid = grid_in(problem, pair.readers[0], self.params)
+            changed = transformed(problem.block, pair, best_factors(problem, pair, found, grid))
             put(problem.block, changed)
             others.update({name: value for name, value in changed.items() if name.rpartition(".")[0] not in linears})
         solution = Solution({}, others=others)
         for fed in in_order(problem, size):
-            W = fed.linear.weight.float()
-            s, z = searched(W, self.grid, fed.moments.G, CLIPPING)
-            linear = packed(fed.linear, (encode(W, s, z, self.grid), s, z), self.grid)
+            W, grid = fed.linear.weight.float(), grid_in(problem, fed.name, self.params)
+            s, z = searched(W, grid, fed.moments.G, CLIPPING)
+            linear = packed(fed.linear, (encode(W, s, z, grid), s, z), grid)
             add(problem, solution, fed, linear, len(linears))
         return solution
 

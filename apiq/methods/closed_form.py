@@ -11,7 +11,7 @@ from apiq.grids.affine import encode
 from apiq.grids.search import searched
 from apiq.layers.packed import PackedLinear
 from apiq.methods.gptq import add, error_feedback
-from apiq.methods.grid import grid_of, nearest, packed
+from apiq.methods.grid import grid_in, nearest, packed
 from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
 from apiq.methods.starts import best, given_adapters
 from apiq.params import QuantizeParams
@@ -39,7 +39,7 @@ class ClosedForm:
         solution, factors = Solution({}), {}
         for fed in in_order(problem, params.batch_size, params.closed_form.objective == "asymmetric"):
             try:
-                linear = self._codes(fed)
+                linear = self._codes(problem, fed)
                 add(problem, solution, fed, linear, len(linears))
                 if fed.name in carriers:
                     Q = linear.dequantized().float()
@@ -51,8 +51,9 @@ class ClosedForm:
         return solution
 
     @torch.no_grad()
-    def _codes(self, fed: Fed) -> PackedLinear:
-        params, grid, W = self.params, grid_of(self.params), fed.linear.weight.detach().float()
+    def _codes(self, problem: Problem, fed: Fed) -> PackedLinear:
+        params, grid = self.params, grid_in(problem, fed.name, self.params)
+        W = fed.linear.weight.detach().float()
         if params.closed_form.codes == "rtn":
             return packed(fed.linear, nearest(W, grid), grid)
         if params.closed_form.codes == "searched":

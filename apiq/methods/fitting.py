@@ -15,9 +15,9 @@ from apiq.adapters.targets import shapes
 from apiq.adapters.tuners import TUNERS, Tuner
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Curve, Problem, Solution
-from apiq.grids.affine import Grid
 from apiq.layers.fake_quant import FakeQuantLinear, computed_once
 from apiq.methods.flat import Group
+from apiq.methods.grid import grid_in
 from apiq.methods.moments import in_order
 from apiq.methods.starts import start_at_closed_form
 from apiq.params import QuantizeParams
@@ -141,11 +141,10 @@ class Fit:
 
     def _wrap(self, names: list[str]) -> None:
         """Put FakeQuantLinear in the place of every linear, below its adapter where it carries one already."""
-        grid = Grid(self.params.bits, self.params.group_size, self.params.symmetric)
         for name in names:
             module = self.problem.block.get_submodule(name)
             carried = isinstance(module, BaseTunerLayer)
             linear = module.get_base_layer() if carried else module
             assert isinstance(linear, nn.Linear)
-            self.fakes[name] = FakeQuantLinear(linear, grid)
+            self.fakes[name] = FakeQuantLinear(linear, grid_in(self.problem, name, self.params))
             replace(self.problem.block, f"{name}.base_layer" if carried else name, self.fakes[name])

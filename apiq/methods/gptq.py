@@ -11,7 +11,7 @@ from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, decode, encode, extrema, scale_and_zero
 from apiq.grids.search import searched
 from apiq.layers.packed import PackedLinear
-from apiq.methods.grid import grid_of, packed
+from apiq.methods.grid import grid_in, packed
 from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
 from apiq.params import QuantizeParams
 
@@ -43,9 +43,10 @@ def quantize_in_order(problem: Problem, params: QuantizeParams) -> Solution:
     Raises:
         ApiqError: the moments of an input cannot be inverted.
     """
-    grid, count = grid_of(params), len(problem.linears())
+    count = len(problem.linears())
     solution = Solution({})
     for fed in in_order(problem, params.batch_size):
+        grid = grid_in(problem, fed.name, params)
         W, H = fed.linear.weight.detach().float(), damped(fed.moments.G, params.gptq.damping)
         try:
             parts = error_feedback(W, H, grid, params.gptq.act_order)

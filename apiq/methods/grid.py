@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from apiq.blocks.problem import Problem
 from apiq.grids import affine, normal_float
 from apiq.grids.affine import Grid
 from apiq.grids.normal_float import NormalFloat
@@ -19,6 +20,11 @@ def grid_of(params: QuantizeParams) -> Grid:
         double = double is not None and double.double_quantization
         return NormalFloat(params.bits, params.group_size, double=double)
     return Grid(params.bits, params.group_size, params.symmetric)
+
+
+def grid_in(problem: Problem, name: str, params: QuantizeParams) -> Grid:
+    """The grid of the linear `name` of the block."""
+    return problem.grids.get(name) or grid_of(params)
 
 
 def nearest(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:

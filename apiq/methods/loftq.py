@@ -11,7 +11,7 @@ from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
-from apiq.methods.grid import grid_of, nearest, packed, rounded, values
+from apiq.methods.grid import grid_in, nearest, packed, rounded, values
 from apiq.methods.starts import given_adapters
 from apiq.params import QuantizeParams
 
@@ -28,7 +28,6 @@ class Loftq:
 
     def __init__(self, params: QuantizeParams):
         self.params = params
-        self.grid = grid_of(params)
 
     def solve(self, problem: Problem) -> Solution:
         """Alternate for every linear that carries adapters, by itself; round the others."""
@@ -36,10 +35,11 @@ class Loftq:
         linears = problem.linears()
         carriers = targets(self.params, shapes(linears), strict=False)
         for number, (name, linear) in enumerate(linears.items()):
+            grid = grid_in(problem, name, self.params)
             if name not in carriers:
-                quantized[name] = rounded(linear, self.grid)
+                quantized[name] = rounded(linear, grid)
                 continue
-            quantized[name], (A, B) = alternate(linear, self.grid, self.params.rank, self.params.loftq.steps)
+            quantized[name], (A, B) = alternate(linear, grid, self.params.rank, self.params.loftq.steps)
             factors[name] = A, B
             error = (linear.weight - quantized[name].dequantized() - B @ A.t()).square().mean()
             problem.report((number + 1) / len(linears), float(error), name)

@@ -17,7 +17,7 @@ from apiq.methods.annealing import annealed
 from apiq.methods.descent import Objective, descend
 from apiq.methods.equivalent import Pair, pairs, put, transformed
 from apiq.methods.flat import Group, names
-from apiq.methods.grid import grid_of, packed
+from apiq.methods.grid import grid_in, packed
 from apiq.methods.inputs import counting, never_reached
 from apiq.params import QuantizeParams
 
@@ -42,7 +42,7 @@ class Omniquant:
         params, Xq, targets = self.params, problem.Xq, problem.targets
         assert Xq is not None and targets is not None
         found = pairs(problem) if params.omniquant.transform else []
-        fakes, logs = _wrap(problem, found, grid_of(params))
+        fakes, logs = _wrap(problem, found, params)
         with counting(problem.block, fakes) as tokens:
             first = problem.error(params.batch_size)
 
@@ -115,7 +115,9 @@ class TransformedLinear(nn.Linear):
         return packed(folded, (encode(W, s, z, self.grid), s, z), self.grid)
 
 
-def _wrap(problem: Problem, found: list[Pair], grid: Grid) -> tuple[dict[str, TransformedLinear], list[nn.Parameter]]:
+def _wrap(
+    problem: Problem, found: list[Pair], params: QuantizeParams
+) -> tuple[dict[str, TransformedLinear], list[nn.Parameter]]:
     """Put transformed linears in the place of all; everything else is frozen. Also the logarithms, one a pair."""
     problem.block.requires_grad_(False)
     linears = problem.linears()
@@ -123,7 +125,8 @@ def _wrap(problem: Problem, found: list[Pair], grid: Grid) -> tuple[dict[str, Tr
     reads = {name: log for pair, log in zip(found, logs, strict=True) for name in pair.readers}
     writes = {pair.writer: log for pair, log in zip(found, logs, strict=True)}
     fakes = {
-        name: TransformedLinear(linear, grid, reads.get(name), writes.get(name)) for name, linear in linears.items()
+        name: TransformedLinear(linear, grid_in(problem, name, params), reads.get(name), writes.get(name))
+        for name, linear in linears.items()
     }
     for name, fake in fakes.items():
         replace(problem.block, name, fake)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apiq.blocks.problem import Problem, Solution
-from apiq.methods.grid import grid_of, rounded
+from apiq.methods.grid import grid_in, rounded
 from apiq.methods.inputs import place
 from apiq.methods.starts import default_adapters
 from apiq.params import QuantizeParams
@@ -22,10 +22,10 @@ class Qlora:
     def __init__(self, params: QuantizeParams):
         self.params = params
         self.adapted = params.adapter != "none"
-        self.grid = grid_of(params)
 
     def solve(self, problem: Problem) -> Solution:
         """Round every linear, and give it adapters."""
-        quantized = {name: rounded(linear, self.grid) for name, linear in problem.linears().items()}
+        found = problem.linears()
+        quantized = {name: rounded(linear, grid_in(problem, name, self.params)) for name, linear in found.items()}
         place(problem.block, quantized)  # some adapters, as DoRA, start at what lies below them
         return Solution(quantized, default_adapters(problem, self.params))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apiq.blocks.problem import Problem, Solution
-from apiq.methods.grid import grid_of, rounded
+from apiq.methods.grid import grid_in, rounded
 from apiq.params import QuantizeParams
 
 
@@ -14,8 +14,9 @@ class RoundToNearest:
     adapted = False
 
     def __init__(self, params: QuantizeParams):
-        self.grid = grid_of(params)
+        self.params = params
 
     def solve(self, problem: Problem) -> Solution:
         """Round the weight of every linear."""
-        return Solution({name: rounded(linear, self.grid) for name, linear in problem.linears().items()})
+        found = problem.linears()
+        return Solution({name: rounded(linear, grid_in(problem, name, self.params)) for name, linear in found.items()})

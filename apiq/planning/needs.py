@@ -51,7 +51,7 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
     weight = weight_bytes(setting.compute, shapes.storage)
     one = memory.activations(params.calibration.windows, params.calibration.length, shapes.width, item)
     copies = memory.copies_alive(method, params.quantize.second_term, setting.sizes.widest / shapes.width)
-    surveyed = method == "lq-lora" and params.quantize.calibrated
+    surveyed = params.quantize.fisher
     reckoned = len(shapes.blocks.modules) + 2 if surveyed else COPIES
     sets = int(one * (max(copies, reckoned) if surveyed else copies))
     solver = memory.solver(method, setting.sizes, setting.fitting, setting.passing, weight)

@@ -27,8 +27,8 @@ from apiq.grids.affine import Grid
 from apiq.layers.packed import SCALE_PARTS, PackedLinear
 from apiq.methods import build
 from apiq.methods.budget import Candidate
+from apiq.methods.budgeted import candidate_grids, divided
 from apiq.methods.grid import grid_of, packed_bits
-from apiq.methods.lq_lora import candidate_grids, divided
 from apiq.params import QuantizeParams
 from apiq.planning.outline import Outline
 
@@ -112,13 +112,13 @@ def _grids(shapes: Shapes, params: QuantizeParams) -> dict[str, Grid]:
 
     What it really does only the weights tell, but the bits of all linears together are the target either way.
     """
-    if params.method != "lq-lora" or params.lq_lora.target_bits is None:
+    if params.target_bits is None:
         return dict.fromkeys(shapes, grid_of(params))
     options, offers = candidate_grids(params), {}
     for name, shape in shapes.items():
         weights, sizes = math.prod(shape), [packed_bits(shape, grid) for grid in options]
         offers[name] = [Candidate(size, weights * 4.0 ** (-size / weights)) for size in sizes]
-    chosen = divided(offers, params.lq_lora.target_bits, sum(math.prod(shape) for shape in shapes.values()))
+    chosen = divided(offers, params, sum(math.prod(shape) for shape in shapes.values()))
     return {name: options[number] for name, number in chosen.items()}
 
 

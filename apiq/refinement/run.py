@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apiq.checkpoint import manifest
+from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.card import card
 from apiq.checkpoint.loading import full_precision, load
 from apiq.checkpoint.original import require_original
@@ -74,10 +75,11 @@ def refine(
             lambda: vars(predictions(source.stream, everything, params.top_k, device, compute, progress)),
         )
         teacher = Predictions(told["logs"], told.get("index"))
-        trained = Trained(loaded.model, scales=params.lr_scales > 0)
+        trained = Trained(loaded.model, params.lr_scales > 0, params.adapter_bits)
         lesson = _Lesson(trained, everything, teacher, device, compute)
         first = kept.once("first", lambda: {"loss": lesson.mean(len(windows), params.batch_size)})["loss"]
         trace = lesson.learn(params, kept, progress)
+        trained.settle()
         last = lesson.mean(len(windows), params.batch_size)
         result = {"loss_first": float(first), "loss_last": float(last), "windows": len(windows),
                   "generated": len(everything) - len(windows)}  # fmt: skip
@@ -148,9 +150,9 @@ def _write(
     folder: Path, out: Path, trained: Trained, facts: dict[str, Any], params: RefineParams, trace: Trace, result: Any
 ) -> None:
     with new_folder(out) as new:
-        rewritten(folder, new, trained.scales(), trained.adapter_state())
-        metrics = read_json(new / "metrics.json")
-        write_json(new / "metrics.json", {**metrics, "refine": result})
+        rewritten(folder, new, trained.scales(), trained.adapter_state(), params.adapter_bits)
+        metrics, bits = read_json(new / "metrics.json"), effective_bits(new).as_dict()
+        write_json(new / "metrics.json", {**metrics, "effective_bits": bits["total"], "bits": bits, "refine": result})
         with open(new / LOSSES, "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(["epoch", "loss"])

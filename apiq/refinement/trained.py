@@ -7,9 +7,11 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from apiq.blocks.architecture import replace
 from apiq.errors import ApiqError
+from apiq.grids.absmax import rounded
 from apiq.layers.packed import PackedLinear
 from apiq.layers.scaled import ScaledLinear
 from apiq.methods.flat import Group
@@ -19,8 +21,10 @@ from apiq.refine_params import RefineParams
 class Trained:
     """A packed model with its adapters open, and with ScaledLinear for PackedLinear where scales are trained."""
 
-    def __init__(self, model: Any, scales: bool):
+    def __init__(self, model: Any, scales: bool, adapter_bits: int | None = None):
         """Open the adapters of `model`, which is changed in place, and its `scales`.
+
+        With `adapter_bits` the model computes with adapters that are rounded to so many bits, straight-through.
 
         Scales that are stored in 8 bits (double quantization) stay as they are.
 
@@ -33,6 +37,9 @@ class Trained:
         self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self.adapters:
             parameter.data = parameter.data.float()
+        self.rounded: list[nn.Module] = []
+        if adapter_bits is not None:
+            self._round(adapter_bits)
         self.scaled: dict[str, ScaledLinear] = {}
         for name, module in list(self.base.named_modules()):
             if scales and isinstance(module, PackedLinear) and not module.doubly_quantized:
@@ -43,6 +50,20 @@ class Trained:
                 "the model has neither adapters nor scales that can be trained: "
                 + ("its scales are stored in 8 bits." if scales else "set refine.lr_scales, as in 0.001.")
             )
+
+    def _round(self, bits: int) -> None:
+        """Let the linears of the adapters compute with rounded weights; other matrices are rounded when stored."""
+        opened = {id(parameter) for parameter in self.adapters}
+        for module in list(self.model.modules()):
+            if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in opened:
+                parametrize.register_parametrization(module, "weight", _Rounded(bits))
+                self.rounded.append(module)
+
+    def settle(self) -> None:
+        """End the training: the adapters are what the model computed with."""
+        for module in self.rounded:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        self.rounded = []
 
     def groups(self, params: RefineParams) -> list[Group]:
         """Adapters and scales with their learning rates."""
@@ -71,3 +92,14 @@ class Trained:
         if not isinstance(self.model, peft.PeftModel):
             return {}
         return peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
+
+
+class _Rounded(nn.Module):
+    """A weight as it is stored in few bits."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return rounded(weight, self.bits)

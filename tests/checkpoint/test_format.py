@@ -50,7 +50,7 @@ def test_a_reader_of_the_page_gives_the_weights_of_every_grid(grid, rows, column
         {"method": "gptq", "bits": 4, "symmetric": True},
         {"method": "apiq-bw", "bits": 2},
         {"method": "qlora", "bits": 4},
-        {"method": "lq-lora", "lq_lora": {"target_bits": 3.7, "candidate_group_sizes": [16, 32]}},
+        {"method": "lq-lora", "target_bits": 3.7, "candidate_group_sizes": [16, 32]},
     ],
     ids=lambda values: values["method"],
 )

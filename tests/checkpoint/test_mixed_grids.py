@@ -8,8 +8,13 @@ from apiq.checkpoint.loading import load
 from apiq.checkpoint.reading import linear, linear_names
 from apiq.errors import ApiqError
 from apiq.files import read_json
-from apiq.methods.lq_lora import LqLora, candidate_grids
+from apiq.layers.packed import PackedLinear
+from apiq.method_params import WITHOUT_CALIBRATION
+from apiq.methods import METHODS
+from apiq.methods.budgeted import Budgeted, candidate_grids, tied
 from apiq.params import QuantizeParams
+
+WANTED = {"target_bits": 3.7, "candidate_group_sizes": [16, 32]}
 
 
 def model_bits(folder):
@@ -17,40 +22,59 @@ def model_bits(folder):
     return counted.codes + counted.scales + counted.zeros
 
 
-@pytest.mark.parametrize("levels", ["normal-float", "uniform"])
-@pytest.mark.parametrize("weights", ["none", "fisher"])
-def test_a_target_of_bits_is_met_and_read_back(make, levels, weights):
-    wanted = {"target_bits": 3.7, "candidate_group_sizes": [16, 32], "levels": levels, "weights": weights}
-    folder, result = make(method="lq-lora", lq_lora=wanted)
-    assert 3.7 - 0.2 < model_bits(folder) <= 3.7  # 14 linears: it cannot be met as nearly as in a large model
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_of_bits_is_met_by_every_method_and_read_back(make, method):
+    wanted = {"method": method, **WANTED, "sensitivity": "none" if method in WITHOUT_CALIBRATION else "fisher"}
+    folder, result = make(**wanted)
+    assert 3.7 - 0.25 < model_bits(folder) <= 3.7  # 14 linears: it cannot be met as nearly as in a large model
     assert result["effective_bits"] == effective_bits(folder).total
     config = read_json(folder / "config.json")["quantization_config"]
     assert len({tuple(entries.items()) for entries in config["exceptions"].values()}) > 1
-    loaded = load(folder, device="cpu").model
-    choices = candidate_grids(QuantizeParams(method="lq-lora", lq_lora=wanted))
-    for name in linear_names(folder):
-        module = loaded.get_submodule(f"base_model.model.{name}").base_layer
+    modules = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
+        for name, module in load(folder, device="cpu").model.named_modules()
+        if isinstance(module, PackedLinear)
+    }
+    assert set(modules) == set(linear_names(folder))
+    choices = candidate_grids(QuantizeParams(**wanted))
+    grids = {}
+    for name, module in modules.items():
         stored = linear(folder, name)
+        grids[name] = stored.grid
         assert module.grid == stored.grid and stored.grid in choices
         torch.testing.assert_close(module.dequantized(), stored.Q)
         assert int(stored.codes.max()) < 2**stored.grid.bits
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert len({grids[f"{layer}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")}) == 1
+        assert grids[f"{layer}.mlp.gate_proj"] == grids[f"{layer}.mlp.up_proj"]
+
+
+def test_what_engines_fuse_is_tied():
+    names = ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.o_proj", "1.self_attn.q_proj", "0.mlp.up_proj"]
+    names += ["0.mlp.gate_proj", "0.mlp.experts.3.w1", "0.mlp.experts.3.w3", "0.mlp.experts.4.w1", "0.attn.c_attn"]
+    assert [group for group in tied(names) if len(group) > 1] == [
+        ["0.self_attn.q_proj", "0.self_attn.k_proj"],
+        ["0.mlp.up_proj", "0.mlp.gate_proj"],
+        ["0.mlp.experts.3.w1", "0.mlp.experts.3.w3"],
+    ]
 
 
 def test_a_finished_survey_is_not_made_again(make, monkeypatch):
-    wanted = {"target_bits": 3.0, "weights": "fisher"}
-    whole_run, _ = make("whole", method="lq-lora", lq_lora=wanted)
-    solve, surveys = LqLora.solve, []
-    survey = LqLora.survey
-    monkeypatch.setattr(LqLora, "survey", lambda self, whole: surveys.append(1) or survey(self, whole))
+    """Neither that for the grids nor that of the method itself."""
+    wanted = {"method": "lq-lora", "target_bits": 3.0, "lq_lora": {"weights": "fisher"}}
+    whole_run, _ = make("whole", **wanted)
+    solve, surveys = Budgeted.solve, []
+    survey = Budgeted.survey
+    monkeypatch.setattr(Budgeted, "survey", lambda self, whole: surveys.append(1) or survey(self, whole))
 
     def killed(self, problem):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LqLora, "solve", killed)
+    monkeypatch.setattr(Budgeted, "solve", killed)
     with pytest.raises(KeyboardInterrupt):
-        make(method="lq-lora", lq_lora=wanted)
-    monkeypatch.setattr(LqLora, "solve", solve)
-    folder, _ = make(method="lq-lora", lq_lora=wanted)
+        make(**wanted)
+    monkeypatch.setattr(Budgeted, "solve", solve)
+    folder, _ = make(**wanted)
     assert len(surveys) == 1
     for path in whole_run.rglob("*.safetensors"):
         assert path.read_bytes() == (folder / path.relative_to(whole_run)).read_bytes()
@@ -58,4 +82,12 @@ def test_a_finished_survey_is_not_made_again(make, monkeypatch):
 
 def test_a_target_below_the_smallest_grid_is_refused(make):
     with pytest.raises(ApiqError, match=r"target_bits is 1\.5, but the smallest candidates take [\d.]+ bits a weight"):
-        make(method="lq-lora", lq_lora={"target_bits": 1.5})
+        make(target_bits=1.5)
+
+
+def test_sensitivities_need_windows(original, tmp_path, work):
+    from apiq.quantization import quantize
+
+    params = QuantizeParams(method="rtn", target_bits=3.0)
+    with pytest.raises(ApiqError, match="needs calibration windows"):
+        quantize(original, None, params, tmp_path / "out")

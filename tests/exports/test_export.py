@@ -17,7 +17,7 @@ from apiq.files import sha256_folder
 DENSE = [
     {"bits": 3, "group_size": 43},
     {"method": "qlora", "bits": 4},
-    {"method": "lq-lora", "lq_lora": {"target_bits": 3.7, "candidate_group_sizes": [16, 32]}},
+    {"method": "lq-lora", "target_bits": 3.7, "candidate_group_sizes": [16, 32]},
 ]
 
 

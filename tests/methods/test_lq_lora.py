@@ -118,5 +118,5 @@ def test_fisher_weights_need_windows():
     params = settings(lq_lora={"weights": "fisher"})
     assert params.calibrated and build(params).calibrated
     assert not settings().calibrated
-    with pytest.raises(ValueError, match=r"lq_lora\.candidate_bits\|\[1, 2\]\|2 to 4 for these levels"):
-        settings(lq_lora={"target_bits": 2.0, "candidate_bits": [1, 2]})
+    with pytest.raises(ValueError, match=r"candidate_bits\|\[1, 2\]\|2 to 4 for these levels"):
+        settings(target_bits=2.0, candidate_bits=[1, 2])

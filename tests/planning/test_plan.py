@@ -85,11 +85,11 @@ def test_fisher_weights_hold_the_inputs_of_all_blocks_and_gradients_of_one(folde
 
 def test_a_target_of_bits_is_planned_without_weights(folder):
     wanted = {"target_bits": 3.7, "candidate_group_sizes": [16, 32]}
-    told = plan(params(folder, quantize={"method": "lq-lora", "lq_lora": wanted}), timed=False)
+    told = plan(params(folder, quantize={"method": "apiq-bw", **wanted}), timed=False)
     bits = told["result"]["bits"]
     assert 3.5 < bits["codes"] + bits["scales"] + bits["zeros"] <= 3.7
-    with pytest.raises(ApiqError, match=r"lq_lora\.target_bits is 1\.5, but the smallest candidates take"):
-        plan(params(folder, quantize={"method": "lq-lora", "lq_lora": {"target_bits": 1.5}}), timed=False)
+    with pytest.raises(ApiqError, match=r"quantize\.target_bits is 1\.5, but the smallest candidates take"):
+        plan(params(folder, quantize={"target_bits": 1.5}), timed=False)
 
 
 def test_rounding_leaves_nothing_to_finetune(folder):

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from apiq.checkpoint import manifest
+from apiq.checkpoint.accounting import effective_bits
+from apiq.checkpoint.adapter_file import PACKED
 from apiq.checkpoint.loading import load
 from apiq.checkpoint.original import find
 from apiq.errors import ApiqError
@@ -34,6 +36,8 @@ def content(folder):
         {},
         {"top_k": 8, "lr_scales": 0.01, "activation_checkpointing": True},
         {"generated": 0, "lr_scales": 0.01},
+        {"adapter_bits": 8},
+        {"adapter_bits": 4},
     ],
 )
 def test_the_divergence_falls_and_what_was_trained_is_what_is_read(make, original, windows, tmp_path, work, values):
@@ -45,6 +49,9 @@ def test_the_divergence_falls_and_what_was_trained_is_what_is_read(make, origina
         own = load(out).model(input_ids=windows).logits.log_softmax(-1)
     if "top_k" not in values:
         assert float((full.exp() * (full - own)).sum(-1).mean()) == pytest.approx(found["loss_last"], rel=1e-4)
+    if "adapter_bits" in values:
+        assert (out / "adapter" / PACKED).exists()
+        assert effective_bits(out).adapters < 0.3 * effective_bits(make()).adapters
     assert "refined, epochs | 6" in (out / "README.md").read_text()
     assert not list(work.iterdir())
     rows = list(csv.DictReader((out / "refine.csv").open()))
