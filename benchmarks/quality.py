@@ -1,41 +1,56 @@
-"""Perplexity after quantization by every method, on one model, one set of windows and one evaluation.
+"""Perplexity after quantization by every method and recipe, on one model, one set of windows and one evaluation.
 
     python -m benchmarks.quality MODEL --calibration TRAIN --text VALIDATION
 
-prints a table and writes benchmarks/results/DATE-quality-MODEL.json with the parameters, the versions and
-the machine. The protocol: random calibration windows; perplexity on the first 200 windows of 256 tokens.
+prints a row for each and writes benchmarks/results/DATE-quality-MODEL.json with the parameters, the versions and
+the machine, anew after every row. The protocol: random calibration windows of 256 tokens; perplexity on the first 200
+windows of 256 tokens of each text; CPU seconds of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import platform
+import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from apiq.calibration.corpora import load_corpus
 from apiq.calibration.windows import consecutive_windows, sample_windows, tokenize
 from apiq.checkpoint.loading import load
 from apiq.evaluation.perplexity import perplexity
-from apiq.files import write_json
-from apiq.params import QuantizeParams
+from apiq.method_params import WITHOUT_ADAPTERS
+from apiq.overrides import override
+from apiq.params import RefineParams, parse
 from apiq.quantization import quantize
+from apiq.refinement.run import refine
 from apiq.terminal import progress_bar
+from benchmarks.machine import RESULTS, write
 
 LENGTH, EVALUATED = 256, 200
+CPU = torch.device("cpu")
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
-    "apiq-lw r16": {"recipe": "paper", "method": "apiq-lw", "rank": 16, "lr_adapter": 0.001},
-    "apiq-bw r16": {"recipe": "paper", "method": "apiq-bw", "rank": 16},
-    "apiq-bw r64": {"recipe": "paper", "method": "apiq-bw", "rank": 64},
-    "apiq-bw r16, recipe best": {"method": "apiq-bw", "rank": 16},
+    "gptq": {"method": "gptq"},
+    "awq": {"method": "awq"},
+    "omniquant": {"method": "omniquant", "recipe": "paper"},
+    "qlora": {"method": "qlora"},
+    "loftq": {"method": "loftq"},
+    "closed-form": {"method": "closed-form"},
+    "apiq-lw": {"method": "apiq-lw", "recipe": "paper", "lr_adapter": 0.001},
+    "paper": {"recipe": "paper"},
+    "fast": {"recipe": "fast"},
+    "best": {"recipe": "best"},
 }
-"""Settings of Tables A.1 and A.2 at 2 bits, and our own; what is not named is that of the recipe."""
+"""Settings of `quantize`: those of Tables A.1 and A.2 at 2 bits, and our own; what is not named is that of the recipe.
+
+A name with ", refined" is the same model after `apiq refine` by its recipe.
+"""
+CORE = ["rtn", "apiq-lw", "paper", "best"]
 
 
 def main() -> None:
@@ -43,76 +58,93 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True, help="text to draw calibration windows from")
-    parser.add_argument("--text", required=True, help="text to measure perplexity on")
+    parser.add_argument("--text", required=True, nargs="+", help="texts to measure perplexity on: PATH or NAME=PATH")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    refined = [f"{name}, refined" for name in ("fast", "best")]
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *refined], default=CORE, metavar="METHOD",
+                        help=f"of {'; '.join([*METHODS, *refined])} (default: {' '.join(CORE)})")  # fmt: skip
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more settings of quantize")
+    parser.add_argument("--name", help="of the result (default: quality-MODEL)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(chosen)
-    write(chosen, rows)
+    with tempfile.TemporaryDirectory() as work:
+        os.environ["APIQ_WORK"] = work
+        measure(chosen)
 
 
 def measure(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a method, bits and seed; the first is full precision."""
+    """One row a seed, width, rank and method; the first is full precision."""
     full = load(chosen.model, device="cpu")
-    evaluated = _tokens(chosen.text, "test", full.tokenizer)
-    evaluated = consecutive_windows(evaluated, EVALUATED, LENGTH)
+    texts = {
+        name or Path(path).parent.name: consecutive_windows(_tokens(path, "test", full.tokenizer), EVALUATED, LENGTH)
+        for name, _, path in (text.rpartition("=") for text in chosen.text)
+    }
     tokens = _tokens(chosen.calibration, "train", full.tokenizer)
-    rows: list[dict[str, Any]] = [{"method": "full precision", "perplexity": perplexity(full.model, evaluated, 8)}]
-    print(rows[0], flush=True)
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any], model: Any) -> None:
+        row["perplexity"] = {name: round(perplexity(model, text, 8), 4) for name, text in texts.items()}
+        if rows:
+            row["lost"] = {name: round(math.log(value / rows[0]["perplexity"][name]), 4)
+                           for name, value in row["perplexity"].items()}  # fmt: skip
+        rows.append(row)
+        print(row, flush=True)
+        _write(chosen, rows)
+
+    add({"method": "full precision"}, full.model)
     for seed in chosen.seeds:
-        generator = torch.Generator().manual_seed(seed)
-        windows = sample_windows(tokens, chosen.windows, LENGTH, generator)
+        windows = sample_windows(tokens, chosen.windows, LENGTH, torch.Generator().manual_seed(seed))
         for bits in chosen.bits:
-            for name in chosen.methods:
-                fixed = {"bits": bits, "group_size": chosen.group_size, "seed": seed, "device": "cpu"}
-                rows.append({"method": name, **_row(chosen.model, windows, evaluated, {**fixed, **METHODS[name]})})
-                print(rows[-1], flush=True)
+            for number, rank in enumerate(chosen.ranks):
+                for name in _wanted(chosen.methods, first=number == 0):
+                    _run(chosen, windows, {"bits": bits, "rank": rank, "seed": seed}, name, add)
     return rows
 
 
-def _row(model: Path, windows: torch.Tensor, evaluated: torch.Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder, progress_bar("quantize") as progress:
-        result = quantize(model, windows, QuantizeParams(**settings), Path(folder) / "out", progress)
-        value = perplexity(load(Path(folder) / "out", device="cpu").model, evaluated, 8)
-    kept = ("effective_bits", "seconds", "cpu_seconds", "peak_memory_mb")
-    return {"bits": settings["bits"], "seed": settings["seed"], "perplexity": value, **{k: result[k] for k in kept}}
+def _wanted(methods: list[str], first: bool) -> list[str]:
+    """The methods to run once more for another rank; a refined model comes with the one that it was made from."""
+    names = dict.fromkeys(name.removesuffix(", refined") for name in methods)
+    names = [name for name in names if first or METHODS[name].get("method") not in WITHOUT_ADAPTERS]
+    return [f"{name}, refined" if f"{name}, refined" in methods else name for name in names]
 
 
-def _tokens(source: str, split: str, tokenizer: Any) -> torch.Tensor:
+def _run(chosen: argparse.Namespace, windows: Tensor, cell: dict[str, int], name: str, add: Any) -> None:
+    """Quantize by a method, and refine where it is asked for; a row for each."""
+    method, _, more = name.partition(", ")
+    given = {"group_size": chosen.group_size, "device": "cpu", **cell, **METHODS[method]}
+    settings = parse(override({"quantize": given}, [f"quantize.{pair}" for pair in chosen.set])).quantize
+    with tempfile.TemporaryDirectory() as folder:
+        out, refined = Path(folder) / "out", Path(folder) / "refined"
+        with progress_bar("quantize") as progress:
+            result = quantize(chosen.model, windows, settings, out, progress)
+        kept = {key: result[key] for key in ("effective_bits", "seconds", "cpu_seconds", "peak_memory_mb")}
+        add({"method": method, **cell, **kept}, load(out, device="cpu").model)
+        if not more:
+            return
+        asked = RefineParams(recipe=settings.recipe, seed=cell["seed"], device="cpu")
+        with progress_bar("refine") as progress:
+            told = refine(out, chosen.model, windows, asked, refined, progress)
+        both = {key: round(kept[key] + told[key], 3) for key in ("seconds", "cpu_seconds")}
+        kept |= both | {key: told[key] for key in ("peak_memory_mb", "loss_first", "loss_last")}
+        add({"method": name, **cell, **kept}, load(refined, device="cpu").model)
+
+
+def _tokens(source: str, split: str, tokenizer: Any) -> Tensor:
     return tokenize(load_corpus(source, split=split).text, tokenizer)
 
 
-def write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the rows with all it takes to judge them."""
-    date = datetime.date.today().isoformat()
-    versions = {name: importlib.metadata.version(name) for name in ("apiq", "torch", "transformers", "peft")}
-    facts = {
-        "date": date,
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version()},
-        "versions": versions,
-        "protocol": {
-            "windows": chosen.windows,
-            "length": LENGTH,
-            "evaluated": EVALUATED,
-            "group_size": chosen.group_size,
-        },
-        "rows": rows,
-    }
-    path = chosen.out / f"{date}-quality-{chosen.model.name}.json"
-    write_json(path, facts)
-    print(f"written to {path}")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    protocol = {
+        "model": chosen.model.name, "windows": chosen.windows, "length": LENGTH, "evaluated": EVALUATED,
+        "group_size": chosen.group_size, "set": chosen.set,
+    }  # fmt: skip
+    write(chosen.name or f"quality-{chosen.model.name}", {"protocol": protocol, "rows": rows}, CPU, chosen.out)
 
 
 if __name__ == "__main__":

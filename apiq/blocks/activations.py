@@ -16,8 +16,6 @@ from torch import Tensor
 from apiq import parallel
 from apiq.memory import in_parts
 
-Batch = slice | Tensor
-"""Some of the windows: consecutive ones, or those with these numbers."""
 TOKENS = 2**12
 """Tokens in a forward pass without gradients: enough to keep a GPU busy, little enough for the caches of a CPU."""
 
@@ -90,9 +88,8 @@ class Activations:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
-    def __getitem__(self, batch: Batch) -> Tensor:
-        chosen = batch if isinstance(batch, slice) else batch.to(self.rows.device)
-        return self.rows[chosen].to(self.device, non_blocking=True)
+    def __getitem__(self, batch: slice) -> Tensor:
+        return self.rows[batch].to(self.device, non_blocking=True)
 
     def __setitem__(self, batch: slice, value: Tensor) -> None:
         self.rows[batch].copy_(value.detach(), non_blocking=False)

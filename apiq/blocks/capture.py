@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apiq.blocks.activations import Activations, Batch, Home, batches
+from apiq.blocks.activations import Activations, Home, batches
 from apiq.blocks.architecture import text_model
 from apiq.errors import ApiqError
 
@@ -38,7 +38,7 @@ class BlockCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, block: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    def run(self, block: nn.Module, hidden: Tensor, batch: slice) -> Tensor:
         """The hidden states (batch, length, width) that `block` makes of `hidden`, the windows of `batch`."""
 
         def chosen(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq.blocks.activations import Activations, Batch, mean_squared_error
+from apiq.blocks.activations import Activations, mean_squared_error
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
 from apiq.grids.affine import Grid
@@ -49,12 +49,12 @@ class Problem:
         """The linears of the block by name."""
         return linears(self.block)
 
-    def run(self, hidden: Tensor, batch: Batch) -> Tensor:
+    def run(self, hidden: Tensor, batch: slice) -> Tensor:
         """The output of the block for `hidden` (batch, length, width), the windows of `batch`, in float32."""
         with self.autocast():
             return self.call.run(self.block, hidden, batch).float()
 
-    def distance(self, output: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    def distance(self, output: Tensor, target: Tensor, batch: slice) -> Tensor:
         """Mean over the entries of all counted positions of (output - target)^2, for (batch, length, ...)."""
         if self.counted is None:
             return F.mse_loss(output, target.float())
@@ -62,12 +62,12 @@ class Problem:
         weight = self.counted[batch].unsqueeze(-1).to(square.dtype)
         return (square * weight).sum() / (weight.sum() * square.shape[-1]).clamp(min=1)
 
-    def weight(self, batch: Batch) -> float:
+    def weight(self, batch: slice) -> float:
         """How much the mean over the windows of `batch` counts beside that over others: their counted positions."""
         if self.counted is not None:
             return float(self.counted[batch].sum())
         assert self.Xq is not None
-        return (batch.stop - batch.start if isinstance(batch, slice) else len(batch)) * self.Xq.rows.shape[1]
+        return (batch.stop - batch.start) * self.Xq.rows.shape[1]
 
     def loss_scale(self, entries: int) -> float | None:
         """What to multiply the mean over `entries` by before the backward pass: their number in float16, else None."""

@@ -37,7 +37,7 @@ def jointly(block: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in block.modules()
         for name, child in parent.named_children()
-        if isinstance(child, lora.Linear) and _is_plain(child)
+        if isinstance(child, lora.Linear) and isinstance(child.get_base_layer(), FakeQuantLinear) and is_plain(child)
     ]
     foldings = {id(child.get_base_layer()): _Folded(child) for _, _, child in places}
     fakes = [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
@@ -71,9 +71,9 @@ def _is_small(fakes: list[FakeQuantLinear]) -> bool:
     return 0 < total <= LIMIT and all(fake.full_weight.dtype == torch.float32 for fake in fakes)
 
 
-def _is_plain(layer: lora.Linear) -> bool:
-    """Whether the layer is Q plus one A B^T, without dropout, bias or a variant such as DoRA."""
-    if not isinstance(layer.get_base_layer(), FakeQuantLinear) or len(layer.active_adapters) != 1:
+def is_plain(layer: lora.Linear) -> bool:
+    """Whether the layer is its base plus one A B^T, without dropout, bias or a variant such as DoRA."""
+    if len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]
     return (

@@ -50,6 +50,7 @@ class PackedLinear(nn.Linear):
             self.register_buffer("zeros", torch.zeros(out_features, words(groups, grid.bits), dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.compute_dtype = dtype
+        self.held: Tensor | None = None  # Q, while `apiq.layers.dense` holds it
 
     @classmethod
     def from_codes(
@@ -110,6 +111,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """X Q^T + bias, for X (..., in)."""
+        if self.held is not None:
+            return F.linear(input, self.held.to(input.dtype), self.bias)
         return _PackedProduct.apply(input, self.bias, self)
 
     def _apply(self, fn, recurse=True):

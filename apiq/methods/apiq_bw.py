@@ -6,7 +6,6 @@ import contextlib
 
 from torch import Tensor
 
-from apiq.blocks.activations import Batch
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.layers.joint import jointly
 from apiq.methods.annealing import annealed
@@ -45,7 +44,7 @@ class ApiqBlockwise:
         with counting(problem.block, fit.fakes) as tokens:
             first = problem.error(params.batch_size)
 
-        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
             output = problem.run(Xq[batch], batch)
             error = problem.distance(output, targets[batch], batch)
             if not params.second_term:

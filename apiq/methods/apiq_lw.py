@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apiq import parallel
-from apiq.blocks.activations import Activations, Batch, batches
+from apiq.blocks.activations import Activations, batches
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.methods.annealing import annealed
 from apiq.methods.descent import Objective, descend
@@ -68,7 +68,7 @@ class ApiqLayerwise:
         """The losses of the linear before the turn and after each epoch of it."""
         params = self.params
 
-        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
             with problem.autocast():
                 with torch.no_grad():
                     Y = linear.original(X[batch])

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from apiq import parallel
-from apiq.blocks.activations import Batch
 from apiq.blocks.problem import Curve
 from apiq.errors import ApiqError
 from apiq.memory import halved
@@ -30,12 +29,12 @@ RESCALES = 5
 class Objective:
     """What is to be minimised over which windows."""
 
-    loss_of: Callable[[Batch], tuple[Tensor, Tensor]]
+    loss_of: Callable[[slice], tuple[Tensor, Tensor]]
     """The loss of some windows, and the one to show: means over what counts in them."""
     windows: int
     where: str
     """Its name in messages, as in `block 3`."""
-    weight_of: Callable[[Batch], float] = lambda batch: _length(batch)
+    weight_of: Callable[[slice], float] = lambda batch: _length(batch)
     """How much counts in some windows: the share of a part of a batch in its loss."""
     names: Mapping[int, str] = field(default_factory=dict)
     """Names of the parameters by their id, for messages."""
@@ -187,7 +186,7 @@ class _Descent:
                 )
 
     def _culprit(
-        self, epoch: int, bad: int, batches: list[Batch], shares: list[float], saved: tuple[list[Tensor], dict]
+        self, epoch: int, bad: int, batches: list[slice], shares: list[float], saved: tuple[list[Tensor], dict]
     ) -> str:
         """Take the epoch back to its start; say which parameter is the first to be unsound in the step `bad`."""
         self.optimizer.restore(saved)
@@ -200,7 +199,7 @@ class _Descent:
         known = [self.objective.names[id(each)] for each in unsound if id(each) in self.objective.names]
         return f", parameter {known[0]}" if known else ""
 
-    def _step(self, epoch: int, number: int, batches: list[Batch], shares: list[float]) -> Tensor:
+    def _step(self, epoch: int, number: int, batches: list[slice], shares: list[float]) -> Tensor:
         """One step of the optimizer; the loss to be shown, on the device."""
         done = self._done(epoch, number, batches)
         self._anneal(done)
@@ -213,7 +212,7 @@ class _Descent:
         self.optimizer.step(share, 1 / self.scale)
         return shown
 
-    def _done(self, epoch: int, number: int, batches: list[Batch]) -> float:
+    def _done(self, epoch: int, number: int, batches: list[slice]) -> float:
         """The share of all steps that was taken before this one."""
         return (epoch * len(batches) + number) / (self.params.epochs * len(batches))
 
@@ -221,7 +220,7 @@ class _Descent:
         if self.objective.anneal is not None:
             self.objective.anneal(done)
 
-    def _shares(self, batches: list[Batch]) -> list[float]:
+    def _shares(self, batches: list[slice]) -> list[float]:
         """The share of the windows of this process in the loss of each batch, which several processes may divide."""
         if parallel.size() == 1:
             return [1.0] * len(batches)
@@ -229,7 +228,7 @@ class _Descent:
         total = parallel.add(own.clone().to(self.optimizer.groups[0].grad.device)).cpu()
         return (own / total.clamp(min=1)).tolist()
 
-    def _backward(self, batch: Batch, share: float) -> Tensor:
+    def _backward(self, batch: slice, share: float) -> Tensor:
         """Leave the gradients of the loss of `batch`; where it does not fit into memory, add those of its parts."""
         while True:
             self.optimizer.zero()
@@ -239,15 +238,16 @@ class _Descent:
                 pass  # what was allocated is held by the traceback until here
             self.part = halved(min(self.part, _length(batch)), f"a step of {self.objective.where}")
 
-    def _added(self, batch: Batch, share: float) -> Tensor:
+    def _added(self, batch: slice, share: float) -> Tensor:
         if self.part >= _length(batch):
             return self._differentiated(batch, share)
         whole = self.objective.weight_of(batch)
-        parts = _parts(batch, self.part)
+        starts = range(batch.start, batch.stop, self.part)
+        parts = [slice(start, min(start + self.part, batch.stop)) for start in starts]
         shares = [share * self.objective.weight_of(part) / max(whole, 1) for part in parts]
         return torch.stack([self._differentiated(part, share) for part, share in zip(parts, shares, strict=True)]).sum()
 
-    def _differentiated(self, batch: Batch, share: float) -> Tensor:
+    def _differentiated(self, batch: slice, share: float) -> Tensor:
         loss, shown = self.objective.loss_of(batch)
         factor = share * self.scale
         (loss if factor == 1.0 else loss * factor).backward()
@@ -267,7 +267,7 @@ class _Descent:
         mean = loss / max(weight, 1.0)
         return mean if math.isfinite(mean) else math.inf
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[slice]:
         """The batches of one epoch, in fixed order or another one; what is in a batch stays the same."""
         size = self.params.batch_size
         starts = torch.arange(0, self.trained, size)
@@ -281,11 +281,5 @@ def _lowest(losses: list[float]) -> int:
     return losses.index(min(losses))
 
 
-def _length(batch: Batch) -> int:
-    return batch.stop - batch.start if isinstance(batch, slice) else len(batch)
-
-
-def _parts(batch: Batch, size: int) -> list[Batch]:
-    if isinstance(batch, slice):
-        return [slice(start, min(start + size, batch.stop)) for start in range(batch.start, batch.stop, size)]
-    return list(batch.split(size))
+def _length(batch: slice) -> int:
+    return batch.stop - batch.start

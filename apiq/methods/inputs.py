@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apiq import parallel
-from apiq.blocks.activations import Activations, Batch, at_once, batches
+from apiq.blocks.activations import Activations, at_once, batches
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Problem
 from apiq.errors import ApiqError
@@ -26,17 +26,12 @@ class Scattered:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, batch: Batch) -> Tensor:
-        return torch.cat(self._chosen(batch)).to(self._device)
+    def __getitem__(self, batch: slice) -> Tensor:
+        return torch.cat(self._parts[batch]).to(self._device)
 
-    def weight(self, batch: Batch) -> float:
+    def weight(self, batch: slice) -> float:
         """How many tokens the windows of `batch` hold."""
-        return float(sum(len(part) for part in self._chosen(batch)))
-
-    def _chosen(self, batch: Batch) -> list[Tensor]:
-        if isinstance(batch, slice):
-            return list(self._parts[batch])
-        return [self._parts[number] for number in batch.tolist()]
+        return float(sum(len(part) for part in self._parts[batch]))
 
 
 Fed = Activations | Scattered

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq.blocks.activations import Batch
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, clipped, encode, extrema
@@ -46,7 +45,7 @@ class Omniquant:
         with counting(problem.block, fakes) as tokens:
             first = problem.error(params.batch_size)
 
-        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
             error = problem.distance(problem.run(Xq[batch], batch), targets[batch], batch)
             return error, error
 

@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from apiq.layers.dense import dense
 from apiq.memory import in_parts
 from apiq.progress import Progress, Step
 from apiq.randomness import borrowed
@@ -38,7 +39,7 @@ def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, p
     result = windows.new_empty(count, length)
 
     def write(batch: slice) -> None:
-        with borrowed(seed + batch.start):
+        with borrowed(seed + batch.start), dense(model, trained=False):
             result[batch] = _sampled(model, prompts[batch].to(device), length - prompt).cpu()
         progress(Step("refine", batch.stop, count, f"the quantized model writes window {batch.stop}/{count}"))
 

@@ -19,8 +19,9 @@ from apiq.checkpoint.rewriting import rewritten
 from apiq.device import pick_device, pick_dtype, precision
 from apiq.evaluation.perplexity import refuse
 from apiq.files import new_folder, read_json, write_json, write_text
+from apiq.layers.dense import dense
 from apiq.meter import Meter
-from apiq.methods.descent import Batch, Objective, Trace, descend
+from apiq.methods.descent import Objective, Trace, descend
 from apiq.methods.flat import names
 from apiq.progress import Progress, Step, silent
 from apiq.refine_params import RefineParams
@@ -77,8 +78,9 @@ def refine(
         teacher = Predictions(told["logs"], told.get("index"))
         trained = Trained(loaded.model, params.lr_scales > 0, params.adapter_bits)
         lesson = _Lesson(trained, everything, teacher, device, compute)
-        first = kept.once("first", lambda: {"loss": lesson.mean(len(windows), params.batch_size)})["loss"]
-        trace = lesson.learn(params, kept, progress)
+        with dense(trained.model):
+            first = kept.once("first", lambda: {"loss": lesson.mean(len(windows), params.batch_size)})["loss"]
+            trace = lesson.learn(params, kept, progress)
         trained.settle()
         last = lesson.mean(len(windows), params.batch_size)
         result = {"loss_first": float(first), "loss_last": float(last), "windows": len(windows),
@@ -105,7 +107,7 @@ class _Lesson:
         self.trained, self.windows, self.teacher = trained, windows, teacher
         self.device, self.compute = device, compute
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: slice) -> Tensor:
         """Mean divergence over the positions of some windows."""
         with precision(self.device, self.compute):
             logits = self.trained.model(input_ids=self.windows[batch].to(self.device), use_cache=False).logits
@@ -130,9 +132,9 @@ class _Lesson:
 
         total, shown = params.epochs * len(self.windows), {"done": 0, "loss": None}
 
-        def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
             loss = self.loss(batch)
-            shown["done"] += batch.stop - batch.start if isinstance(batch, slice) else len(batch)
+            shown["done"] += batch.stop - batch.start
             progress(Step("refine", min(shown["done"], total), total, f"window {shown['done']}/{total}", shown["loss"]))
             return loss, loss
 
