@@ -38,7 +38,7 @@ BEST: dict[str, dict[str, Any]] = {
         "lr_adapter": 0.002,
         "decay_adapter": 0.0,
     },
-    "refine": {"epochs": 2, "generated": 1024},
+    "refine": {"epochs": 2, "generated": 8},
 }
 FAST: dict[str, dict[str, Any]] = {
     "quantize": {**BEST["quantize"], "epochs": 1},

@@ -19,9 +19,9 @@ class RefineParams(Section):
     """Where epochs and generated come from when they are left open: paper (no refinement), best, or fast."""
     epochs: Annotated[int, Field(ge=0)] = 2
     """Passes over the calibration windows and the generated ones; 0 leaves the quantized model as it is."""
-    generated: Annotated[int, Field(ge=0)] = 1024
-    """Windows that the quantized model writes itself, each going on from a piece of a calibration window, and that the
-    full-precision model judges like the others. A few windows of text alone are soon learnt by heart."""
+    generated: Annotated[int, Field(ge=0)] = 8
+    """Windows that the quantized model writes itself for every calibration window, each going on from a piece of one,
+    and that the full-precision model judges like the others. A few windows of text alone are soon learnt by heart."""
     prompt: Positive = 16
     """Tokens of a calibration window from which a generated one goes on."""
     top_k: Positive = 64

@@ -29,20 +29,30 @@ def best_shares(W: Tensor, grid: Grid, G: Tensor | None = None, pairs: Pairs | N
 
     Minimise d^T H d for every row and group, with d the error of its weights and H the block of the second
     moments G = X^T X (in, in) that belongs to the group, or the identity without G. Correlations
-    between groups are left out. The shares (a, b) are those of `pairs`; by default all pairs of SHARES, or
-    equal ones on a symmetric grid, where the larger end decides. Ties go to the first.
+    between groups are left out. The shares (a, b) are those of `pairs`; by default equal ones of SHARES, and on an
+    asymmetric grid then b alone and a alone. Ties go to the first.
     """
     low, high = extrema(W, grid)
-    if pairs is None:
-        pairs = [(a, b) for a in SHARES for b in SHARES if a == b or not grid.symmetric]
     blocks = None if G is None else diagonal_blocks(G, grid)
     first, second = torch.ones_like(low), torch.ones_like(high)
     least = torch.full_like(low, float("inf"))
-    for a, b in pairs:
+
+    def tried(a: Tensor | float, b: Tensor | float) -> None:
+        nonlocal first, second, least
         error = _error(W, *scale_and_zero(a * low, b * high, grid), grid, blocks)
         better = error < least
         least = torch.where(better, error, least)
         first, second = torch.where(better, a, first), torch.where(better, b, second)
+
+    for a, b in pairs or ((share, share) for share in SHARES):
+        tried(a, b)
+    if pairs is None and not grid.symmetric:
+        lower = first
+        for share in SHARES:
+            tried(lower, share)
+        upper = second
+        for share in SHARES:
+            tried(share, upper)
     return first, second
 
 

@@ -12,6 +12,7 @@ from apiq.layers.dense import dense
 from apiq.memory import in_parts
 from apiq.progress import Progress, Step
 from apiq.randomness import borrowed
+from apiq.refinement.cache import roomy_cache
 
 AT_ONCE = 256
 """Windows that are written side by side where memory allows."""
@@ -62,4 +63,5 @@ def _sampled(model: Any, prompts: Tensor, more: int) -> Tensor:
     return model.generate(
         input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=more, min_new_tokens=more, pad_token_id=0, num_return_sequences=1,
+        past_key_values=roomy_cache(model, prompts.shape[1] + more),
     )  # fmt: skip

@@ -94,7 +94,7 @@ def _everything(model: Any, windows: Tensor, params: RefineParams, progress: Pro
     """Calibration windows, then generated ones."""
     if not params.generated:
         return {"windows": windows}
-    own = generated(model, windows, params.generated, params.prompt, params.seed, progress)
+    own = generated(model, windows, params.generated * len(windows), params.prompt, params.seed, progress)
     return {"windows": torch.cat([windows, own])}
 
 

@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 
 def settings(**values):
-    return RefineParams(**{"epochs": 6, "generated": 4, "prompt": 3, "batch_size": 2, "lr_adapter": 0.01, **values})
+    return RefineParams(**{"epochs": 6, "generated": 1, "prompt": 3, "batch_size": 2, "lr_adapter": 0.01, **values})
 
 
 def content(folder):
