@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from apiq.progress import Progress, Step
@@ -32,11 +33,15 @@ def progress_bar(phase: str) -> Iterator[Progress]:
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
     with Bar(*columns, console=console, transient=False) as bar:
-        tasks = {}
+        tasks: dict[str, TaskID] = {}
+        parts: dict[str, Step] = {}
 
         def show(step: Step) -> None:
             if step.phase not in tasks:
                 tasks[step.phase] = bar.add_task(step.phase, total=step.total, phase=step.phase, state="")
+            elif _begins(step, parts[step.phase]):
+                bar.reset(tasks[step.phase], total=step.total)
+            parts[step.phase] = step
             bar.update(tasks[step.phase], completed=step.done, total=step.total, state=_state(step))
 
         yield show
@@ -46,12 +51,14 @@ class _Lines:
     """Prints a step when its phase begins or ends, and else at most every few seconds."""
 
     def __init__(self) -> None:
-        self.phase, self.began, self.shown, self.first = "", 0.0, 0.0, 0.0
+        self.before: Step | None = None
+        self.began, self.shown, self.first = 0.0, 0.0, 0.0
 
     def __call__(self, step: Step) -> None:
         now = time.monotonic()
-        if step.phase != self.phase:
-            self.phase, self.began, self.shown, self.first = step.phase, now, 0.0, step.done
+        if self.before is None or step.phase != self.before.phase or _begins(step, self.before):
+            self.began, self.shown, self.first = now, -math.inf, step.done
+        self.before = step
         if now - self.shown < LINE_EVERY and step.done < step.total:
             return
         self.shown = now
@@ -61,6 +68,11 @@ class _Lines:
             seconds = (now - self.began) / (step.done - self.first) * (step.total - step.done)
             line += f" ETA {seconds:.0f} s"
         print(line, file=sys.stderr, flush=True)
+
+
+def _begins(step: Step, before: Step) -> bool:
+    """Whether another part of the same phase begins, which has a pace of its own."""
+    return step.total != before.total or step.done < before.done
 
 
 def _state(step: Step) -> str:
