@@ -11,6 +11,7 @@ import torch
 
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
+from apiq.device import pick_dtype
 from apiq.params import Params
 from apiq.planning import memory
 from apiq.planning.machine import Machine
@@ -35,6 +36,8 @@ class Setting:
     fitting: Pass
     passing: int
     training: Pass | None
+    refining_device: torch.device
+    refining: Pass | None
     work: Path
 
 
@@ -82,19 +85,51 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
 
 def tuning_needs(setting: Setting) -> dict[str, Any] | None:
     """GPU memory and RAM of finetuning, by part; None where there are no adapters to train."""
-    params, shapes, work = setting.params.finetune, setting.outline, setting.training
-    if work is None:
+    if setting.training is None:
         return None
-    item, tokens = setting.tuning_dtype.itemsize, params.batch_size * params.length
+    params = setting.params.finetune
+    tokens = params.batch_size * params.length
+    return _training_needs(
+        setting, setting.training, tokens, setting.tuning_dtype, setting.tuning_device, params.activation_checkpointing
+    )
+
+
+def refining_needs(setting: Setting) -> dict[str, Any] | None:
+    """GPU memory, RAM and disk of the training part of refinement, by part; None where there is none.
+
+    The predictions of the full-precision model lie in RAM, and with the unfinished work on disk.
+    """
+    if setting.refining is None:
+        return None
+    params, calibration, device = setting.params.refine, setting.params.calibration, setting.refining_device
+    dtype, again = pick_dtype(params.dtype, device), params.activation_checkpointing
+    again = device.type == "cuda" if again == "auto" else again
+    entries = int(setting.outline.config.get_text_config().vocab_size)
+    windows = calibration.windows * (1 + params.generated)
+    kept = min(params.top_k, entries)
+    each = memory.FLOAT * kept * (1 if kept == entries else 2)
+    tokens = min(params.batch_size, windows) * calibration.length
+    needs = _training_needs(setting, setting.refining, tokens, dtype, device, bool(again))
+    guard = 3 * memory.FLOAT * setting.result.trained
+    (needs["gpu"] or needs["ram"])["adapters and optimizer"] += guard
+    needs["ram"]["predictions"] = windows * calibration.length * each
+    return {**needs, "disk": {"unfinished work": windows * calibration.length * each + 2 * guard}}
+
+
+def _training_needs(
+    setting: Setting, work: Pass, tokens: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
+) -> dict[str, Any]:
+    """GPU memory and RAM of training the adapters of the packed model on batches of `tokens`."""
+    shapes = setting.outline
     outside = sum(value.numel() for value in shapes.outside().values())
     entries = int(shapes.config.get_text_config().vocab_size)
-    head = count_head(tokens, entries, shapes.width, setting.tuning_dtype, setting.tuning_device)
+    head = count_head(tokens, entries, shapes.width, dtype, device)
     parts = memory.training(
-        sum(setting.result.blocks), outside, item, setting.result.trained, work, len(shapes.blocks.modules),
-        tokens * shapes.width * 4, head, params.activation_checkpointing, memory.DEQUANTIZED * setting.sizes.largest,
+        sum(setting.result.blocks), outside, dtype.itemsize, setting.result.trained, work, len(shapes.blocks.modules),
+        tokens * shapes.width * 4, head, checkpointing, memory.DEQUANTIZED * setting.sizes.largest,
     )  # fmt: skip
     loaded = {"interpreter": setting.machine.interpreter}
-    if setting.machine.gpu is None or setting.tuning_device.type == "cpu":
+    if setting.machine.gpu is None or device.type == "cpu":
         if platform.libc_ver()[0] == "glibc":
             loaded["kept by the allocator"] = memory.KEPT_TRAINING * setting.sizes.small * memory.FLOAT
         return {"gpu": None, "ram": {**parts, **loaded}}

@@ -21,7 +21,7 @@ from apiq.methods import build
 from apiq.params import Params
 from apiq.planning import shortfalls
 from apiq.planning.machine import look
-from apiq.planning.needs import Setting, quantizing_needs, tuning_needs, weight_bytes
+from apiq.planning.needs import Setting, quantizing_needs, refining_needs, tuning_needs, weight_bytes
 from apiq.planning.outline import Outline, block_calls, outline, probe
 from apiq.planning.size import Result, packed_block, result_size
 from apiq.planning.timing import Calibration, Timing
@@ -29,7 +29,7 @@ from apiq.planning.workload import block_sizes, fitting_pass, passing, training_
 
 
 def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True) -> dict[str, Any]:
-    """Count and time what quantizing and finetuning with `params` would take here. No weight is read or fetched.
+    """Count and time what quantizing, refining and finetuning with `params` would take here. No weight is read.
 
     Args:
         params: all sections; the model may be a folder with no more than its config.json.
@@ -37,8 +37,9 @@ def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True)
         timed: whether to try out a random block for up to 20 seconds; without it no time is told.
 
     Returns:
-        `model`, `result` (effective bits, bytes), `quantize` and `finetune` (bytes by part, seconds), `machine`,
-        `offloaded` (what does not stay on the device) and `problems` (what does not fit, and the field to change).
+        `model`, `result` (effective bits, bytes), `quantize`, `refine` and `finetune` (bytes by part, seconds),
+        `machine`, `offloaded` (what does not stay on the device) and `problems` (what does not fit, and the field to
+        change).
         All sizes in bytes, all times in seconds.
 
     Raises:
@@ -46,15 +47,16 @@ def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True)
     """
     setting = _setting(params, Path(out))
     timing = _calibration(setting).run() if timed else None
-    quantizing, tuning = quantizing_needs(setting), tuning_needs(setting)
+    quantizing, refining, tuning = quantizing_needs(setting), refining_needs(setting), tuning_needs(setting)
     return {
         "model": _model(setting),
         "result": _result(setting.result),
         "quantize": {**quantizing, **_quantize_time(setting, timing)},
+        "refine": None if refining is None else {**refining, **_refine_time(setting, timing)},
         "finetune": None if tuning is None else {**tuning, **_finetune_time(setting, timing)},
         "machine": shortfalls.told(setting.machine),
         "offloaded": shortfalls.offloaded(quantizing),
-        "problems": shortfalls.problems(params, quantizing, tuning, setting.machine),
+        "problems": shortfalls.problems(params, quantizing, refining, tuning, setting.machine),
     }
 
 
@@ -75,12 +77,17 @@ def _setting(params: Params, out: Path) -> Setting:
     if build(quantize).adapted and tune.task != "none":
         batch = (tune.batch_size, tune.length, shapes.width)
         training = training_pass(packed, _call(shapes, tune.length), batch, tuning_dtype, tuning_device)
+    refine, refining = params.refine, None
+    refining_device = pick_device(refine.device)
+    if packed.adapters and refine.epochs:
+        batch, dtype = (refine.batch_size, *shape[1:]), pick_dtype(refine.dtype, refining_device)
+        refining = training_pass(packed, call, batch, dtype, refining_device)
     weight = weight_bytes(compute, shapes.storage)
     work = Path(os.environ.get("APIQ_WORK") or ".apiq_work")
     return Setting(
         params, shapes, result_size(shapes, quantize), look(device, {"result": out, "unfinished work": work}), device,
         compute, tuning_device, tuning_dtype, block_sizes(block, packed, quantize, weight), fitting, through,
-        training, work,
+        training, refining_device, refining, work,
     )  # fmt: skip
 
 
@@ -129,6 +136,16 @@ def _quantize_time(setting: Setting, timing: Timing | None) -> dict[str, Any]:
         "trial": {"windows": timing.costs.shape[0], "length": timing.costs.shape[1],
                   "narrower": timing.costs.narrower, "seconds": timing.seconds},
     }  # fmt: skip
+
+
+def _refine_time(setting: Setting, timing: Timing | None) -> dict[str, Any]:
+    """The time of the training part; what the quantized model writes, and the full-precision one says, comes first."""
+    if timing is None or timing.tuning is None:
+        return {}
+    refine, windows, tune = setting.params.refine, setting.params.calibration, setting.params.finetune
+    tokens = refine.epochs * windows.windows * (1 + refine.generated) * windows.length
+    each = timing.tuning / (tune.batch_size * tune.length)
+    return {"seconds": tokens * each * timing.slowdown, "uncertainty": max(0.3, timing.costs.spread)}
 
 
 def _finetune_time(setting: Setting, timing: Timing | None) -> dict[str, Any]:

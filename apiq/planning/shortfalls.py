@@ -31,10 +31,17 @@ def offloaded(quantizing: Mapping[str, Any]) -> list[str]:
 
 
 def problems(
-    params: Params, quantizing: Mapping[str, Any], tuning: Mapping[str, Any] | None, machine: Machine
+    params: Params,
+    quantizing: Mapping[str, Any],
+    refining: Mapping[str, Any] | None,
+    tuning: Mapping[str, Any] | None,
+    machine: Machine,
 ) -> list[str]:
     """One sentence for each place that is too small."""
     found = [_quantizing_ram(params, quantizing["ram"], machine), _quantizing_gpu(params, quantizing["gpu"], machine)]
+    if refining is not None:
+        found += [_refining(params, refining["ram"], machine.ram + machine.interpreter, "RAM"),
+                  _refining(params, refining["gpu"], machine.gpu, "GPU memory")]  # fmt: skip
     if tuning is not None:
         found += [_tuning(params, tuning["ram"], machine.ram + machine.interpreter, "RAM"),
                   _tuning(params, tuning["gpu"], machine.gpu, "GPU memory")]  # fmt: skip
@@ -80,6 +87,20 @@ def _tuning(params: Params, need: Mapping[str, int] | None, free: int | None, pl
             f"finetune.accumulation from {tune.accumulation} to {2 * tune.accumulation}."
         )
     return f"{start}: set finetune.length from {tune.length} to {tune.length // 2}."
+
+
+def _refining(params: Params, need: Mapping[str, int] | None, free: int | None, place: str) -> str | None:
+    if need is None or free is None or sum(need.values()) <= free:
+        return None
+    refine = params.refine
+    start = f"refining needs {decimal(sum(need.values()))} of {place} and {decimal(free)} are free"
+    if need.get("predictions", 0) > sum(need.values()) - free and refine.generated:
+        return f"{start}: set refine.generated from {refine.generated} to {refine.generated // 2}."
+    if refine.batch_size > 1:
+        return f"{start}: set refine.batch_size from {refine.batch_size} to {refine.batch_size // 2}."
+    if refine.activation_checkpointing is False:
+        return f"{start}: set refine.activation_checkpointing from false to true."
+    return f"{start}: set calibration.length from {params.calibration.length} to {params.calibration.length // 2}."
 
 
 def _disk(need: Mapping[str, int], machine: Machine) -> str | None:

@@ -141,10 +141,10 @@ def test_an_empty_folder_and_a_quantized_one(folder, tmp_path):
 ROOM = Machine("cpu", 1, 0.0, ram=10**9, gpu=None, disk={"result": 10**9, "unfinished work": 10**9}, interpreter=10**8)
 
 
-def told_problems(machine=ROOM, ram=10**8, gpu=None, tuning=None, disk=10**6, **sections):
+def told_problems(machine=ROOM, ram=10**8, gpu=None, refining=None, tuning=None, disk=10**6, **sections):
     settings = parse({"quantize": {"batch_size": 1}, **sections})
     needs = {"ram": {"activations": ram, "block": 10**6}, "gpu": gpu, "disk": {"result": disk, "unfinished work": disk}}
-    return problems(settings, needs, tuning, machine)
+    return problems(settings, needs, refining, tuning, machine)
 
 
 def test_what_fits_is_no_problem():
@@ -165,6 +165,29 @@ def test_too_little_gpu_memory_and_disk():
     assert "set quantize.batch_size from 8 to 1" in sentence
     (sentence,) = told_problems(disk=2 * 10**9)
     assert "set --out to a folder on a larger disk" in sentence
+
+
+def test_refining_is_counted_with_the_predictions_that_it_learns_from(folder):
+    told = plan(params(folder, refine={"top_k": 8, "generated": 3, "batch_size": 2, "device": "cpu"}), timed=False)
+    positions = 4 * (1 + 3) * 16
+    assert told["refine"]["ram"]["predictions"] == positions * 8 * (4 + 4)
+    everything = plan(params(folder, refine={"top_k": 100, "generated": 3}), timed=False)["refine"]["ram"]
+    assert everything["predictions"] == positions * 61 * 4
+    trained = told["result"]["adapter_parameters"]
+    assert told["refine"]["ram"]["adapters and optimizer"] == 7 * 4 * trained
+    assert told["finetune"]["ram"]["adapters and optimizer"] == 4 * 4 * trained
+    assert plan(params(folder, refine={"epochs": 0}), timed=False)["refine"] is None
+    assert plan(params(folder, quantize={"method": "rtn"}), timed=False)["refine"] is None
+
+
+def test_refining_that_does_not_fit_is_told_the_next_thing_to_change():
+    (first,) = told_problems(refining={"ram": {"predictions": 3 * 10**9}, "gpu": None})
+    assert "set refine.generated from 8 to 4" in first
+    need = {"ram": {"activations": 3 * 10**9}, "gpu": None}
+    (second,) = told_problems(refining=need)
+    assert "set refine.batch_size from 4 to 2" in second
+    (third,) = told_problems(refining=need, refine={"batch_size": 1, "activation_checkpointing": False})
+    assert "set refine.activation_checkpointing from false to true" in third
 
 
 def test_finetuning_that_does_not_fit_is_told_the_next_thing_to_change():
