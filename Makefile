@@ -49,7 +49,7 @@ lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that sti
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \
 	  --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
 	@# torch asks for its CUDA packages by itself where its wheel is built for CUDA.
-	grep -vE '^(nvidia-|cuda-|triton=)' requirements.lock > requirements.lock.new
+	grep -vE '^(nvidia-|cuda-)' requirements.lock > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean: ## Remove .venv and what the pipeline wrote, but not DVC's cache of it

@@ -12,7 +12,11 @@ os.environ["DVC_NO_ANALYTICS"] = "1"
 import tempfile
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton
 
 os.environ["APIQ_CACHE"] = tempfile.mkdtemp(prefix="apiq-cache-")
 
@@ -23,8 +27,6 @@ settings.load_profile("same-every-time")
 @pytest.fixture(autouse=True)
 def _torch_as_it_was():
     """The seed, the default dtype and the gradient mode of torch do not leak from test to test."""
-    import torch
-
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)

@@ -62,12 +62,17 @@ def test_the_lock_pins_every_version_and_leaves_the_build_of_torch_open():
         assert specifier.operator == "=="
         assert "+" not in specifier.version
     assert str(LOCK["torch"]) == "torch==2.13.0"
-    assert not [name for name in LOCK if re.match("nvidia|cuda|triton", name)]
+    assert not [name for name in LOCK if re.match("nvidia|cuda", name)]
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("apiq", ["", "eval", "exports"]), ("stages", ["", "pipeline"]), ("flows", ["", "flows"]), ("ci", [""])],
+    [
+        ("apiq", ["", "eval", "exports", "kernels"]),
+        ("stages", ["", "pipeline"]),
+        ("flows", ["", "flows"]),
+        ("ci", [""]),
+    ],
 )
 def test_what_is_imported_is_declared(folder, extras):
     declared = {canonicalize_name(requirement.name) for requirement in requirements(*extras)}
@@ -76,7 +81,7 @@ def test_what_is_imported_is_declared(folder, extras):
     for file, name in imports(folder):
         top = name.partition(".")[0]
         if top not in sys.stdlib_module_names and top not in ours:
-            assert declared & set(map(canonicalize_name, distributions[top])), f"{file} imports {top}"
+            assert declared & set(map(canonicalize_name, distributions.get(top, [top]))), f"{file} imports {top}"
 
 
 FLOORS = {

@@ -12,6 +12,7 @@ from apiq.grids.affine import SCALE_DTYPE, Grid, decode
 from apiq.grids.double_quantization import StoredScales
 from apiq.grids.normal_float import NormalFloat
 from apiq.grids.packing import pack, unpack, words
+from apiq.layers import fused
 
 SCALE_PARTS = ("scales", "scale_ranges", "scale_mean")
 """Buffers that keep their precision whatever the model is cast to."""
@@ -113,6 +114,8 @@ class PackedLinear(nn.Linear):
         """X Q^T + bias, for X (..., in)."""
         if self.held is not None:
             return F.linear(input, self.held.to(input.dtype), self.bias)
+        if fused.fits(self, input):
+            return fused.product(self, input)
         return _PackedProduct.apply(input, self.bias, self)
 
     def _apply(self, fn, recurse=True):
