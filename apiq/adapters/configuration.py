@@ -142,6 +142,8 @@ def _options(params: QuantizeParams, tuner: Tuner) -> dict[str, Any]:
             if not (isinstance(value, str) and STARTS.fullmatch(value) and _same_kind(value, tuner)):
                 kinds = "pissa or pissa_niter_N, olora" if tuner.moves_weight else "gaussian"
                 raise ApiqError(f"{place} is {value!r}; it should be {kinds} for quantize.adapter {params.adapter}.")
+        elif key == "use_qalora":
+            raise ApiqError(f"{place} cannot be set: PEFT pools inputs on GPTQ's layers only and would ignore it here.")
         elif key in known and key not in free:
             raise ApiqError(f"{place} cannot be set: apiq itself decides it.")
         elif key not in free:

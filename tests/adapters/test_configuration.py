@@ -66,6 +66,7 @@ def test_rank_is_bounded_where_it_is_the_rank_of_a_matrix():
         ({"adapter_options": {"use_dorra": True}}, "use_dorra is no option of PEFT's LoraConfig; did you mean"),
         ({"adapter_options": {"target_modules": "x"}}, "adapter_options.target_modules cannot be set: apiq itself"),
         ({"adapter_options": {"bias": "all"}}, "adapter_options.bias cannot be set"),
+        ({"adapter_options": {"use_qalora": True}}, "use_qalora cannot be set: PEFT pools inputs on GPTQ"),
         ({"adapter_options": {"init_lora_weights": "eva"}}, "init_lora_weights is 'eva'; it should be gaussian"),
         ({"adapter_options": {"init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa'; it should be gau"),
         ({"adapter": "oft", "adapter_options": {"oft_block_size": 8, "r": 3}}, "adapter is oft, and PEFT refuses"),
