@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    refined = [f"{name}, refined" for name in ("fast", "best")]
+    refined = ["best, refined"]
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *refined], default=CORE, metavar="METHOD",
                         help=f"of {'; '.join([*METHODS, *refined])} (default: {' '.join(CORE)})")  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more settings of quantize")

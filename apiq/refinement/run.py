@@ -17,6 +17,7 @@ from apiq.checkpoint.loading import full_precision, load
 from apiq.checkpoint.original import require_original
 from apiq.checkpoint.rewriting import rewritten
 from apiq.device import pick_device, pick_dtype, precision
+from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import refuse
 from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.layers.dense import dense
@@ -57,6 +58,10 @@ def refine(
         ApiqError: `original` is not the model that `folder` was made from, the windows do not fit, a file is
             damaged, or the loss is not finite whatever the rate.
     """
+    if not params.epochs:
+        raise ApiqError(
+            f"refine.epochs is 0, as in recipe {params.recipe}, which has no refinement; set it, or take recipe best."
+        )
     meter, folder = Meter(), Path(folder)
     facts = manifest.verify(folder)
     device = pick_device(params.device)

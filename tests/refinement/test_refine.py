@@ -120,6 +120,11 @@ def test_the_original_is_found_where_it_was_until_it_is_gone(make, original, mon
         find(folder, facts)
 
 
+def test_a_recipe_without_refinement_is_told_as_such(make, original, windows, tmp_path, work):
+    with pytest.raises(ApiqError, match="as in recipe fast, which has no refinement"):
+        refine(make(), original, windows, RefineParams(recipe="fast"), tmp_path / "out")
+
+
 def test_windows_that_are_too_long_are_refused(make, original, tmp_path, work):
     with pytest.raises(ApiqError, match="context"):
         refine(make(), original, torch.zeros(2, 40, dtype=torch.int64), settings(), tmp_path / "out")
