@@ -68,7 +68,7 @@ def test_the_lock_pins_every_version_and_leaves_the_build_of_torch_open():
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("apiq", ["", "eval", "exports", "kernels"]),
+        ("apiq", ["", "eval", "exports", "kernels", "tracking"]),
         ("stages", ["", "pipeline"]),
         ("flows", ["", "flows"]),
         ("ci", [""]),
