@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apiq.adapters.configuration import block_config, refused
 from apiq.adapters.targets import Shapes
 from apiq.adapters.tuners import TUNERS, Tuner
+from apiq.layers.packed import asked_once
 from apiq.params import QuantizeParams
 
 IN_BLOCK = "base_model.model."
@@ -40,7 +41,7 @@ class Adapters:
         """
         self.tuner = TUNERS[params.adapter]
         config = block_config(params, linears, start)
-        with _seeded(block, params.seed if self.tuner.shared else seed), _quiet():
+        with _seeded(block, params.seed if self.tuner.shared else seed), _quiet(), asked_once():
             try:
                 self._model = peft.get_peft_model(block, config)
             except (ValueError, TypeError, NotImplementedError) as error:

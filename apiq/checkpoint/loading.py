@@ -22,6 +22,7 @@ from apiq.checkpoint import manifest, skipped
 from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, write_adapter_file
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
+from apiq.layers.packed import asked_once
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
 """Files by which a folder with a tokenizer is known."""
@@ -158,7 +159,7 @@ def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:
 
     import apiq.adapters.houlsby  # noqa: F401 (registers the adapter that PEFT lacks)
 
-    with warnings.catch_warnings():
+    with asked_once(), warnings.catch_warnings():
         # peft 0.21 itself asks transformers 5 for a property by its old name
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
         if adapter_file(adapter) != adapter / PACKED:

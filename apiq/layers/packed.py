@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +20,21 @@ from apiq.layers import fused
 
 SCALE_PARTS = ("scales", "scale_ranges", "scale_mean")
 """Buffers that keep their precision whatever the model is cast to."""
+_asked: ContextVar[dict[PackedLinear, Tensor] | None] = ContextVar("asked", default=None)
+"""Within `asked_once`, the linear that was asked for its weight last, and the weight."""
+
+
+@contextlib.contextmanager
+def asked_once() -> Iterator[None]:
+    """Within it the weight asked for last is kept: PEFT asks 20 times in a row to put one adapter on.
+
+    It is one weight at a time, not those of the whole model. Codes and scales must stay as they are.
+    """
+    token = _asked.set({})
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 class PackedLinear(nn.Linear):
@@ -27,6 +46,7 @@ class PackedLinear(nn.Linear):
     `weight` is computed, never stored, and cannot be assigned to.
     """
 
+    _is_hf_initialized = True  # or transformers computes the weight after loading, to fill the copy at random
     codes: Tensor
     scales: Tensor
     scale_ranges: Tensor
@@ -103,8 +123,14 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """Q as a fresh tensor; assigning to it or to its data is refused."""
-        return self.dequantized().as_subclass(_ReadOnlyWeight)
+        """Q as a fresh tensor, but within `asked_once`; assigning to it or to its data is refused."""
+        last = _asked.get()
+        if last is None:
+            return self.dequantized().as_subclass(_ReadOnlyWeight)
+        if self not in last:
+            last.clear()
+            last[self] = self.dequantized().as_subclass(_ReadOnlyWeight)
+        return last[self]
 
     @weight.setter
     def weight(self, value: object) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_fake_packed_and_reloaded_logits_agree(make, calibrated, windows, bits, 
     torch.testing.assert_close(in_memory, calibration_time, rtol=0, atol=1e-5)
     torch.testing.assert_close(reloaded, calibration_time, rtol=0, atol=1e-5)
     assert torch.equal(by_hand, reloaded)
+
+
+def test_loading_asks_each_packed_linear_for_its_weight_once(make, windows, monkeypatch):
+    folder, _ = make()
+    expected = load(folder).model(windows).logits
+    asked = Counter()
+    dequantized = PackedLinear.dequantized
+
+    def counted(self):
+        asked[self] += 1
+        return dequantized(self)
+
+    monkeypatch.setattr(PackedLinear, "dequantized", counted)
+    model = load(folder).model
+    assert set(asked.values()) == {1}
+    assert set(asked) == {module for module in model.modules() if isinstance(module, PackedLinear)}
+    assert torch.equal(model(windows).logits, expected)
 
 
 def test_adapters_matter_and_can_be_left_off(make, windows):

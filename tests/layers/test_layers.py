@@ -10,7 +10,7 @@ from torch import nn
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
 from apiq.layers.fake_quant import FakeQuantLinear
-from apiq.layers.packed import PackedLinear
+from apiq.layers.packed import PackedLinear, asked_once
 
 SETTINGS = list(itertools.product([1, 2, 3, 4, 8], [0, 32, 43, 64], [False, True], [False, True]))
 SETTINGS = [setting for setting in SETTINGS if not (setting[0] == 1 and setting[2])]
@@ -67,6 +67,16 @@ def test_the_weight_cannot_be_assigned_to(attempt):
             packed.weight.data = torch.zeros(24, 100)
         else:
             packed.weight.data += 1
+
+
+def test_the_weight_asked_for_last_is_kept_where_it_is_asked_for_often():
+    (_, first), (_, second) = pair(2, 32, False, False), pair(3, 32, False, False)
+    with asked_once():
+        weight = first.weight
+        assert first.weight is weight
+        assert torch.equal(second.weight, second.dequantized())
+        assert first.weight is not weight and torch.equal(first.weight, weight)
+    assert first.weight is not first.weight
 
 
 @pytest.mark.parametrize("extra", [{}, {"use_dora": True}])
