@@ -105,6 +105,8 @@ class FinetuneParams(Section):
     """Column of the answers."""
     length: Annotated[int, Field(ge=2)] = 1024
     """Longest sequence, in tokens."""
+    packing: bool = False
+    """Several short examples in one sequence of at most `length` tokens, none of which attends to another."""
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Share of the windows or pairs set aside; the checkpoint with the lowest loss on them is kept."""
     epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0
@@ -113,6 +115,8 @@ class FinetuneParams(Section):
     """Sequences on the device at once."""
     accumulation: Positive = 16
     """Batches whose gradients are added before a step."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
+    """AdamW with moments in float32, or in 8 bits by bitsandbytes; paged moves them to RAM when the GPU is full."""
     learning_rate: Rate = 3e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -127,6 +131,8 @@ class FinetuneParams(Section):
     """Times that the held-out loss is measured and the state saved, spread evenly over the run."""
     activation_checkpointing: bool = False
     """Compute the activations of a block again in the backward pass: less memory, about a third more time."""
+    tracking: Literal["none", "tensorboard", "dvclive"] = "none"
+    """Who besides log.csv gets losses and learning rates, in the folder tracking/ beside the output."""
     dtype: DType = "auto"
     """Arithmetic: auto is bfloat16 on a GPU and float32 on a CPU."""
     device: Device = "auto"

@@ -8,6 +8,8 @@ import importlib.metadata
 import itertools
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,18 @@ def extra_memory(work: Callable[[], object], device: torch.device) -> int:
     changes = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def peak_resident() -> int:
+    """Most bytes that this process has had in memory.
+
+    Linux counts into `ru_maxrss` what the parent had when it started the process, so its own mark is read instead.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 2**10
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerState
 
+from apiq.allocator import give_back_freed
 from apiq.checkpoint import manifest
 from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.loading import Loaded, load
@@ -21,7 +22,10 @@ from apiq.evaluation.run import rounded
 from apiq.files import new_folder, read_json, sha256_folder, write_json, write_text
 from apiq.finetuning.examples import Examples
 from apiq.finetuning.sources import prepare
+from apiq.finetuning.tracking import tracker
 from apiq.finetuning.trainer import COMPLETE, AdapterTrainer, newest_checkpoint
+from apiq.layers.dense import LIMIT
+from apiq.layers.packed import PackedLinear
 from apiq.meter import Meter
 from apiq.params import FinetuneParams
 from apiq.progress import Progress, silent
@@ -30,6 +34,8 @@ from apiq.work import code_version, work_folder
 
 COLUMNS = ["step", "loss", "held_out_loss", "learning_rate"]
 CONFIG = "adapter_config.json"
+TRACKING = "tracking"
+"""Folder beside the output for what `finetune.tracking` writes, one folder a run."""
 
 
 def finetune(
@@ -39,7 +45,8 @@ def finetune(
 
     The adapters that training starts from are a candidate too. Work in progress is kept in
     `apiq.work.work_folder`; the same call after a kill goes on from the last checkpoint and ends
-    with the same bytes.
+    with the same bytes. What `finetune.tracking` writes goes to `tracking/` beside
+    `out`, so that `out` is the same with and without.
 
     Args:
         folder: a quantized or finetuned model with adapters.
@@ -62,10 +69,13 @@ def finetune(
             raise ApiqError(
                 f"{folder} has no adapters to train; quantize with a method that fits some: apiq-bw or apiq-lw."
             )
+        if _is_large(loaded):
+            give_back_freed()
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
         examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
         work = _work(folder, loaded, params, examples)
-        trainer = AdapterTrainer(loaded.model, examples, params, work, progress)
+        tracks = out.parent / TRACKING / f"{out.name}-{work.name[:8]}"
+        trainer = AdapterTrainer(loaded.model, examples, params, work, progress, tracker(params, tracks))
         start = _start(trainer, work)
         newest = newest_checkpoint(work)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
@@ -74,10 +84,18 @@ def finetune(
     return metrics | meter.reading()
 
 
+def _is_large(loaded: Loaded) -> bool:
+    """Whether freed memory matters more than the time that giving it back takes."""
+    packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
+    return sum(linear.in_features * linear.out_features for linear in packed) > LIMIT
+
+
 def _work(folder: Path, loaded: Loaded, params: FinetuneParams, examples: Examples) -> Path:
     """Where the checkpoints of this very run are; half-written ones are removed."""
     inputs = {"start": _content(folder), "base": _content(loaded.folder), "data": examples.source}
-    work = work_folder({"finetune": params.model_dump(), "code": code_version(), **inputs}).resolve()
+    work = work_folder(
+        {"finetune": params.model_dump(exclude={"tracking"}), "code": code_version(), **inputs}
+    ).resolve()
     for checkpoint in work.glob("checkpoint-*"):
         if not (checkpoint / COMPLETE).exists():
             shutil.rmtree(checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from apiq.calibration.corpora import files_of, load_corpus, rows_of
 from apiq.calibration.windows import consecutive_windows, tokenize
 from apiq.errors import ApiqError
 from apiq.finetuning.examples import Example, Examples, answer_only, split, whole
+from apiq.finetuning.packing import pack
 from apiq.params import FinetuneParams
 
 
@@ -28,7 +30,14 @@ def prepare(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase, context:
     """
     if context is not None and params.length > context:
         raise ApiqError(f"finetune.length is {params.length}; the context of the model takes at most {context} tokens.")
-    return _pairs(params, tokenizer) if params.task == "instruction" else _language(params, tokenizer)
+    examples = _pairs(params, tokenizer) if params.task == "instruction" else _language(params, tokenizer)
+    return _packed(examples, params.length) if params.packing else examples
+
+
+def _packed(examples: Examples, length: int) -> Examples:
+    train, held_out = pack(examples.train, length), pack(examples.held_out, length)
+    counts = examples.counts | {"train_sequences": len(train), "held_out_sequences": len(held_out)}
+    return replace(examples, train=list(train), held_out=list(held_out), counts=counts)
 
 
 def _language(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase) -> Examples:

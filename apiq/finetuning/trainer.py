@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,45 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import is_bitsandbytes_available
 
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 from apiq.finetuning.examples import IGNORED, Examples, collate
+from apiq.finetuning.packing import collate_packed, refuse_what_mixes
 from apiq.params import FinetuneParams
 from apiq.progress import Progress, Step
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint whose every byte is written."""
 NEVER = 10**9
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw-8bit": "adamw_8bit", "paged-adamw-8bit": "paged_adamw_8bit"}
+"""The Trainer's names."""
 
 
 class AdapterTrainer(Trainer):
     """Trains what is trainable in a PEFT model by `params`, with checkpoints below `work`."""
 
-    def __init__(self, model: PeftModel, examples: Examples, params: FinetuneParams, work: Path, progress: Progress):
+    def __init__(
+        self,
+        model: PeftModel,
+        examples: Examples,
+        params: FinetuneParams,
+        work: Path,
+        progress: Progress,
+        trackers: Sequence[TrainerCallback] = (),
+    ):
         super().__init__(
             model=model,
             args=_arguments(params, work),
-            data_collator=collate,
+            data_collator=collate_packed if params.packing else collate,
             train_dataset=examples.train,  # pyright: ignore[reportArgumentType]
             eval_dataset=examples.held_out,  # pyright: ignore[reportArgumentType]
-            callbacks=[_Watch(params, progress)],
+            callbacks=[_Watch(params, progress), *trackers],
         )
         self.remove_callback(PrinterCallback)
+        if params.packing:
+            refuse_what_mixes(model.get_base_model(), self.args.device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log the held-out loss; unlike the Trainer's own, it does not depend on how examples fall into batches."""
@@ -63,7 +77,8 @@ class AdapterTrainer(Trainer):
 
     def _held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         size, own = self.args.per_device_eval_batch_size, torch.Generator()  # or the loader draws from the global one
-        for batch in DataLoader(self.eval_dataset, batch_size=size, collate_fn=collate, generator=own):  # pyright: ignore[reportArgumentType]
+        data, merge = self.eval_dataset, self.data_collator
+        for batch in DataLoader(data, batch_size=size, collate_fn=merge, generator=own):  # pyright: ignore[reportArgumentType]
             yield self._prepare_inputs(batch)
 
 
@@ -116,13 +131,18 @@ def _arguments(params: FinetuneParams, work: Path) -> TrainingArguments:
             f"finetune.device is {device}; the Trainer takes the first GPU that it sees, "
             f"so set it to cuda and the environment variable CUDA_VISIBLE_DEVICES to {device.index}."
         )
+    if params.optimizer != "adamw" and not is_bitsandbytes_available():
+        raise ApiqError(
+            f"finetune.optimizer is {params.optimizer}, which needs bitsandbytes; pip install bitsandbytes, "
+            "or set it to adamw."
+        )
     arguments = TrainingArguments(
         output_dir=str(work),
         num_train_epochs=params.epochs,
         per_device_train_batch_size=params.batch_size,
         per_device_eval_batch_size=params.batch_size,
         gradient_accumulation_steps=params.accumulation,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[params.optimizer],
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.schedule if params.schedule != "constant" else "constant_with_warmup",
         warmup_steps=params.warmup,
@@ -142,7 +162,7 @@ def _arguments(params: FinetuneParams, work: Path) -> TrainingArguments:
         greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if params.packing else "non_padding",  # that needs an attention mask
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,

@@ -135,6 +135,20 @@ def test_pairs_are_learned(quantized, pairs, params, tmp_path):
     assert result["held_out_loss_best"] < result["held_out_loss_first"] - 0.4
 
 
+def test_packed_pairs_have_the_losses_of_the_pairs_apart(quantized, pairs, params, tmp_path):
+    """One step on all of them: the loss before it, and after it the held-out loss."""
+    update = {"task": "instruction", "pairs": str(pairs), "length": 16, "held_out": 0.3, "batch_size": 8}
+    update |= {"accumulation": 1, "epochs": 1.0, "checkpoints": 1, "warmup": 0.0}
+    apart = finetune(quantized, params.model_copy(update=update), tmp_path / "apart")
+    packed = finetune(quantized, params.model_copy(update=update | {"packing": True}), tmp_path / "packed")
+    assert (apart["train_pairs"], packed["train_pairs"], packed["train_sequences"]) == (5, 5, 3)
+    logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("apart", "packed")]
+    assert len(logs[0]) == 2
+    for row, other in zip(*logs, strict=True):
+        for key in ("loss", "held_out_loss"):
+            assert float(row[key] or 0) == pytest.approx(float(other[key] or 0), abs=1e-5)
+
+
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_is_done(quantized, params, text, tmp_path, work):
     letters = text.read_text().split()
     letters[5] = "?"  # <unk>, whose embedding is not a number, in a window that this seed does not train on at once
