@@ -12,7 +12,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerState
 
-from apiq.allocator import give_back_freed
 from apiq.checkpoint import manifest
 from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.loading import Loaded, load
@@ -24,8 +23,6 @@ from apiq.finetuning.examples import Examples
 from apiq.finetuning.sources import prepare
 from apiq.finetuning.tracking import tracker
 from apiq.finetuning.trainer import COMPLETE, AdapterTrainer, newest_checkpoint
-from apiq.layers.dense import LIMIT
-from apiq.layers.packed import PackedLinear
 from apiq.meter import Meter
 from apiq.params import FinetuneParams
 from apiq.progress import Progress, silent
@@ -69,8 +66,6 @@ def finetune(
             raise ApiqError(
                 f"{folder} has no adapters to train; quantize with a method that fits some: apiq-bw or apiq-lw."
             )
-        if _is_large(loaded):
-            give_back_freed()
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
         examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
         work = _work(folder, loaded, params, examples)
@@ -82,12 +77,6 @@ def finetune(
     metrics = _write(out, folder, loaded, examples, start, trainer.state)
     shutil.rmtree(work)
     return metrics | meter.reading()
-
-
-def _is_large(loaded: Loaded) -> bool:
-    """Whether freed memory matters more than the time that giving it back takes."""
-    packed = [module for module in loaded.model.modules() if isinstance(module, PackedLinear)]
-    return sum(linear.in_features * linear.out_features for linear in packed) > LIMIT
 
 
 def _work(folder: Path, loaded: Loaded, params: FinetuneParams, examples: Examples) -> Path:

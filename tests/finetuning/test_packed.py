@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apiq.checkpoint.loading import load
 from apiq.evaluation.run import compare
-from apiq.finetuning import run
 from apiq.finetuning.run import finetune
 from apiq.layers.packed import PackedLinear
 from apiq.params import EvaluateParams, EvaluationText, QuantizeParams
@@ -52,12 +51,3 @@ def test_only_the_adapters_learn_and_evaluation_sees_it(packed, params, text):
     found = {name: result["perplexity"]["letters"] for name, result in compare(models, corpora).items()}
     assert found["finetuned"] < 0.9 * found["quantized"]
     assert math.exp(result["held_out_loss_best"]) < 0.9 * math.exp(result["held_out_loss_first"])
-
-
-@pytest.mark.parametrize("limit", [2**24, 100])
-def test_the_heap_of_a_large_model_is_kept_small(packed, params, tmp_path, monkeypatch, limit):
-    calls = []
-    monkeypatch.setattr(run, "give_back_freed", lambda: calls.append(True))
-    monkeypatch.setattr(run, "LIMIT", limit)
-    finetune(packed / "quantized", params.model_copy(update={"epochs": 0.25, "checkpoints": 1}), tmp_path / "out")
-    assert len(calls) == (limit == 100)
