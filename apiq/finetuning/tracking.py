@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.integrations import DVCLiveCallback, TensorBoardCallback
+from transformers.integrations.integration_utils import DVCLiveCallback, TensorBoardCallback
 
 from apiq.errors import ApiqError
 from apiq.params import FinetuneParams
