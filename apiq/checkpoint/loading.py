@@ -17,12 +17,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from apiq.allocator import give_back_freed
 from apiq.blocks.stream import ModelStream
 from apiq.checkpoint import manifest, skipped
 from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, write_adapter_file
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
-from apiq.layers.packed import asked_once
+from apiq.layers.dense import LIMIT
+from apiq.layers.packed import PackedLinear, asked_once
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
 """Files by which a folder with a tokenizer is known."""
@@ -128,6 +130,8 @@ def load(
             )
         raise ApiqError(f"{source} is half a checkpoint: its config.json is quantized, but it has no {manifest.NAME}.")
     model = _from_pretrained(base, config, precision, place)
+    if place.type == "cpu" and _is_large(model):
+        give_back_freed()
     if adapters and adapter.is_dir():
         model = _adapted(model, adapter, trainable)
     model.train(trainable)
@@ -152,6 +156,12 @@ def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype,
     if wrong:
         raise ApiqError(f"{folder} has no weights, or none of the right shape, for {wrong[0]} ({len(wrong)} in all).")
     return model.to(device)
+
+
+def _is_large(model: nn.Module) -> bool:
+    """Whether the memory that dequantized weights leave behind matters more than the time that giving it back takes."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return sum(linear.in_features * linear.out_features for linear in packed) > LIMIT
 
 
 def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:

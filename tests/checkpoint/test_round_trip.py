@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import apiq
 import apiq.blocks.walk as walk_module
 from apiq.blocks.architecture import replace
+from apiq.checkpoint import loading
 from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.loading import load
 from apiq.checkpoint.reading import linear, linear_names
@@ -78,6 +79,16 @@ def test_loading_asks_each_packed_linear_for_its_weight_once(make, windows, monk
     assert set(asked.values()) == {1}
     assert set(asked) == {module for module in model.modules() if isinstance(module, PackedLinear)}
     assert torch.equal(model(windows).logits, expected)
+
+
+@pytest.mark.parametrize("limit", [2**24, 100])
+def test_a_large_packed_model_leaves_no_freed_weights_in_the_heap(make, monkeypatch, limit):
+    folder, _ = make()
+    calls = []
+    monkeypatch.setattr(loading, "give_back_freed", lambda: calls.append(True))
+    monkeypatch.setattr(loading, "LIMIT", limit)
+    load(folder, device="cpu")
+    assert len(calls) == (limit == 100)
 
 
 def test_adapters_matter_and_can_be_left_off(make, windows):
