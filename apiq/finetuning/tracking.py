@@ -29,7 +29,7 @@ def tracker(params: FinetuneParams, folder: Path) -> list[TrainerCallback]:
         from torch.utils.tensorboard import SummaryWriter
 
         return [TensorBoardCallback(SummaryWriter(str(folder)))]
-    from dvclive import Live  # pyright: ignore[reportMissingImports]
+    from dvclive.live import Live
 
     # without these it would make an experiment, a report and a dvc.yaml of its own
     return [DVCLiveCallback(Live(str(folder), resume=folder.exists(), report=None, save_dvc_exp=False, dvcyaml=None))]

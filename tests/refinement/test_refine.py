@@ -85,7 +85,7 @@ def test_stopped_and_taken_up_it_ends_in_the_same_bytes(make, original, windows,
     assert not stopped.exists() and len(list(work.iterdir())) == 1
     steps = []
     refine(make(), original, windows, settings(), stopped, steps.append)
-    assert min(step.done for step in steps if "window" in step.detail and step.total == 60) > 20
+    assert min(step.done for step in steps if "window" in step.detail and step.total == 72) > 20
     assert content(stopped) == content(whole)
 
 
