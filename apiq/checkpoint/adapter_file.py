@@ -19,6 +19,8 @@ WHOLE = "adapter_model.safetensors"
 """What PEFT reads."""
 PACKED = "adapter_packed.safetensors"
 """In few bits; `apiq` alone reads it."""
+FACTS = "apiq"
+"""The only key of its metadata: safetensors writes several in another order every time."""
 
 
 def adapter_file(folder: Path) -> Path | None:
@@ -40,13 +42,13 @@ def read_adapter(folder: Path, names: Collection[str] | None = None) -> dict[str
     if path is None:
         raise FileNotFoundError(folder / WHOLE)
     with safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-        kinds = json.loads(facts.get("tensors", "{}"))
+        facts = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+        kinds = facts.get("tensors", {})
         known = kinds or dict.fromkeys(file.keys())
         wanted = [name for name in known if names is None or name in names]
         if not kinds:
             return {name: file.get_tensor(name) for name in wanted}
-        return {name: _restored(file, name, *kinds[name], bits=int(facts["bits"])) for name in wanted}
+        return {name: _restored(file, name, *kinds[name], bits=facts["bits"]) for name in wanted}
 
 
 def _restored(file: Any, name: str, dtype: str, shape: list[int], bits: int) -> Tensor:
@@ -72,4 +74,4 @@ def write_adapter_file(folder: Path, state: Mapping[str, Tensor], bits: int | No
             continue
         codes, tensors[f"{name}.scales"] = encode(value, bits)
         tensors[f"{name}.codes"] = pack(codes, bits)
-    save_file(tensors, folder / PACKED, {"format": "pt", "bits": str(bits), "tensors": json.dumps(kinds)})
+    save_file(tensors, folder / PACKED, {FACTS: json.dumps({"bits": bits, "tensors": kinds}, sort_keys=True)})
