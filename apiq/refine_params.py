@@ -16,7 +16,7 @@ class RefineParams(Section):
     """Training of adapters and scales, end to end, against the predictions of the full-precision model."""
 
     recipe: Recipe = "best"
-    """Where epochs and generated come from when they are left open: paper (no refinement), best, or fast."""
+    """Where epochs and generated come from when they are left open: best, or paper or fast (no refinement)."""
     epochs: Annotated[int, Field(ge=0)] = 2
     """Passes over the calibration windows and the generated ones; 0 leaves the quantized model as it is."""
     generated: Annotated[int, Field(ge=0)] = 8
