@@ -14,14 +14,15 @@ from apiq.checkpoint.reading import linear, linear_names
 from apiq.errors import ApiqError
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 from apiq.params import QuantizeParams
 from apiq.quantization import quantize
 torch.set_num_threads(1)
 facts = json.loads(sys.argv[1])
 result = quantize(facts["model"], torch.tensor(facts["windows"]), QuantizeParams(**facts["params"]), facts["out"])
-print(json.dumps(result["blocks"]))
+if os.environ.get("RANK", "0") == "0":  # two writers would mix their lines
+    print(json.dumps(result["blocks"]))
 """
 
 
