@@ -63,10 +63,12 @@ def calibration_windows(folder: Path, params: Params) -> Any:
     import torch
 
     from apiq.calibration.corpora import load_corpus
-    from apiq.calibration.windows import sample_windows, tokenize
+    from apiq.calibration.windows import frame, sample_windows, tokenize
     from apiq.checkpoint.loading import read_tokenizer
 
     chosen = params.calibration
     corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
-    tokens = tokenize(corpus.text, read_tokenizer(folder))
-    return sample_windows(tokens, chosen.windows, chosen.length, torch.Generator().manual_seed(chosen.seed))
+    tokenizer = read_tokenizer(folder)
+    tokens, around = tokenize(corpus.text, tokenizer), frame(tokenizer)
+    generator = torch.Generator().manual_seed(chosen.seed)
+    return around.around(sample_windows(tokens, chosen.windows, around.inside(chosen.length), generator))

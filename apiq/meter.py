@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 
 
 class Meter:
@@ -22,7 +23,7 @@ class Meter:
         cost = {
             "seconds": round(time.monotonic() - self._started, 3),
             "cpu_seconds": round(_cpu_seconds() - self._cpu, 3),
-            "peak_memory_mb": round(_peak_memory_bytes() / 2**20, 1),
+            "peak_memory_mb": round(peak_resident() / 2**20, 1),
         }
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
@@ -36,6 +37,13 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+def peak_resident() -> int:
+    """Most bytes that this process has had in memory.
+
+    Linux counts into `ru_maxrss` what the parent had when it started the process, so its own mark is read instead.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 2**10

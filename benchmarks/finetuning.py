@@ -16,12 +16,9 @@ Writes benchmarks/results/DATE-finetuning-DTYPE.json.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +33,10 @@ from apiq.blocks.architecture import find_blocks
 from apiq.checkpoint.loading import load, read_tokenizer
 from apiq.finetuning.run import finetune
 from apiq.layers.packed import PackedLinear
+from apiq.meter import peak_resident
 from apiq.params import FinetuneParams, QuantizeParams
 from apiq.quantization import quantize
-from benchmarks.machine import RESULTS, peak_resident, write
+from benchmarks.machine import RESULTS, alone, mb, write
 from benchmarks.memory import write_random_llama
 
 BOUND = 1.35
@@ -88,17 +86,6 @@ def judged(used: int, parts: dict[str, int]) -> dict[str, Any]:
         "peak_to_sum": round(used / sum(parts.values()), 3),
         "at_most": BOUND,
     }
-
-
-def mb(size: int) -> float:
-    """Bytes in 2^20 bytes."""
-    return round(size / 2**20, 1)
-
-
-def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a new process, which inherits no memory from this one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(work, *arguments).result()
 
 
 def write_quantized(folder: Path, chosen: argparse.Namespace) -> Path:

@@ -6,12 +6,12 @@ import datetime
 import gc
 import importlib.metadata
 import itertools
+import multiprocessing
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,17 @@ def _repeat(work: Callable[[], object], count: int) -> None:
         work()
 
 
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a new process, which inherits no memory from this one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+def mb(size: float) -> float:
+    """Bytes in 2^20 bytes."""
+    return round(size / 2**20, 1)
+
+
 def extra_memory(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that PyTorch has allocated at the peak of one call of `work` above what it had before."""
     gc.collect()
@@ -101,18 +112,6 @@ def extra_memory(work: Callable[[], object], device: torch.device) -> int:
     changes = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
-
-
-def peak_resident() -> int:
-    """Most bytes that this process has had in memory.
-
-    Linux counts into `ru_maxrss` what the parent had when it started the process, so its own mark is read instead.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 2**10
 
 
 def _processor() -> str:

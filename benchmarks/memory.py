@@ -11,11 +11,7 @@ a process with the same imports, beside the size of the model and of one block.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,20 +22,12 @@ from transformers import LlamaConfig
 
 from apiq.blocks.stream import skeleton
 from apiq.files import write_json
-
-IMPORTS = "import apiq.quantization, apiq.methods, transformers.models.llama.modeling_llama, peft.tuners.lora"
-QUANTIZE = """
-import json, sys
-from pathlib import Path
-import torch
+from apiq.meter import peak_resident
 from apiq.params import QuantizeParams
 from apiq.quantization import quantize
-facts = json.loads(sys.argv[1])
-generator = torch.Generator().manual_seed(0)
-windows = torch.randint(0, facts["vocabulary"], (facts["windows"], facts["length"]), generator=generator)
-params = QuantizeParams(**facts["params"])
-quantize(facts["model"], None if params.method == "rtn" else windows, params, facts["out"])
-"""
+from benchmarks.machine import RESULTS, alone, mb, write
+
+SETTINGS: dict[str, Any] = {"recipe": "paper", "bits": 2, "group_size": 64, "rank": 16, "device": "cpu"}
 
 
 def main() -> None:
@@ -52,57 +40,31 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = chosen.model or write_random_llama(Path(folder) / "model", chosen.blocks, chosen.hidden)
-        result = measure(model, chosen, Path(folder))
-    print(result)
-    date = datetime.date.today().isoformat()
-    write_json(chosen.out / f"{date}-memory-{chosen.method}.json", {"date": date, **result})
-
-
-def measure(model: Path, chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Peak memory in 2^20 bytes of a quantization of `model`, above that of its imports."""
-    import json
-
-    config = LlamaConfig.from_pretrained(model)
-    params = {
-        "recipe": "paper",
-        "method": chosen.method,
-        "bits": 2,
-        "group_size": 64,
-        "rank": 16,
-        "epochs": chosen.epochs,
-    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["APIQ_WORK"] = str(folder / "work")
+        model = chosen.model or alone(write_random_llama, folder / "model", chosen.blocks, chosen.hidden)
+        params = QuantizeParams(**SETTINGS, method=chosen.method, epochs=chosen.epochs)
+        imports = alone(peak_resident)
+        used, cost = alone(quantized, model, params, [chosen.windows, chosen.length], folder / "out")
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    protocol = {name: value for name, value in vars(chosen).items() if name not in ("out", "model")}
     facts = {
-        "model": str(model), "vocabulary": config.vocab_size, "windows": chosen.windows, "length": chosen.length,
-        "params": {**params, "device": "cpu"}, "out": str(folder / "out"),
+        "model_mb": mb(size), "imports_mb": mb(imports), "above_imports_mb": mb(used - imports), "cost": cost,
+        "protocol": protocol,
     }  # fmt: skip
-    bare, _ = peak([sys.executable, "-c", IMPORTS], folder)
-    used, seconds = peak([sys.executable, "-c", QUANTIZE, json.dumps(facts)], folder)
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return {
-        "model_mb": round(size / 2**20, 1),
-        "imports_mb": round(bare, 1),
-        "above_imports_mb": round(used - bare, 1),
-        "seconds": round(seconds, 1),
-        "parameters": facts["params"],
-        "windows": [chosen.windows, chosen.length],
-        "blocks": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-    }
+    print(facts)
+    write(f"memory-{chosen.method}", facts, torch.device("cpu"), chosen.out)
 
 
-def peak(command: list[str], folder: Path) -> tuple[float, float]:
-    """Peak resident memory in 2^20 bytes and seconds of user and system time of `command`."""
-    process = subprocess.Popen(command, env={**os.environ, "APIQ_WORK": str(folder / "work")})
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the measured process ended with status {status}")
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), usage.ru_utime + usage.ru_stime
+def quantized(model: Path, params: QuantizeParams, shape: list[int], out: Path) -> tuple[int, dict[str, Any]]:
+    """Peak resident bytes of this process once it has quantized on random windows, and what that took."""
+    size = LlamaConfig.from_pretrained(model).vocab_size
+    windows = torch.randint(0, size, shape, generator=torch.Generator().manual_seed(0))
+    result = quantize(model, None if params.method == "rtn" else windows, params, out)
+    return peak_resident(), {name: result[name] for name in ("seconds", "cpu_seconds")}
 
 
 def write_random_llama(folder: Path, blocks: int, hidden: int, inner: int | None = None) -> Path:

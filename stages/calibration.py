@@ -12,7 +12,7 @@ def main(params: Params, progress: Progress) -> None:
     from apiq.calibration import store
     from apiq.calibration.corpora import load_corpus
     from apiq.calibration.leakage import sample_clean_windows
-    from apiq.calibration.windows import consecutive_windows, tokenize
+    from apiq.calibration.windows import consecutive_windows, frame, tokenize
     from apiq.checkpoint.loading import read_tokenizer
     from apiq.models.source import locate
 
@@ -29,14 +29,16 @@ def main(params: Params, progress: Progress) -> None:
     corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
     tokens = tokenize(corpus.text, tokenizer)
     generator = torch.Generator().manual_seed(chosen.seed)
-    windows, left_out = sample_clean_windows(tokens, chosen.windows, chosen.length, generator, evaluated)
+    around = frame(tokenizer)
+    length = around.inside(chosen.length)
+    windows, left_out = sample_clean_windows(tokens, chosen.windows, length, generator, evaluated)
     manifest = {
         "corpus": {"name": corpus.name, "origin": corpus.origin, "sha256": corpus.sha256, "tokens": len(tokens)},
         "evaluated": sorted(evaluated),
         "left_out": left_out,
         "seed": chosen.seed,
     }
-    store.write(CALIBRATION, windows, manifest)
+    store.write(CALIBRATION, around.around(windows), manifest)
     progress(Step("calibration", len(texts) + 1, len(texts) + 1))
 
 

@@ -7,7 +7,7 @@ the whole text, none for each window.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +73,46 @@ def _agree(one: np.ndarray, i: int, other: np.ndarray, j: int) -> bool:
         return False
     left, right = one[i - AGREEMENT : i + AGREEMENT], other[j - AGREEMENT : j + AGREEMENT]
     return len(left) == 2 * AGREEMENT and np.array_equal(left, right)
+
+
+class Frame(NamedTuple):
+    """Tokens that stand around every window, as [CLS] and [SEP] do for an encoder."""
+
+    before: list[int]
+    after: list[int]
+
+    def inside(self, length: int) -> int:
+        """Tokens of text in a window of `length`.
+
+        Raises:
+            ApiqError: there is no room for any.
+        """
+        size = len(self.before) + len(self.after)
+        if length <= size:
+            raise ApiqError(
+                f"calibration.length is {length}, but the tokenizer puts {size} tokens of its own around every text; "
+                f"it must be at least {size + 1}."
+            )
+        return length - size
+
+    def around(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows (n, length) with these tokens around each."""
+        first, last = (torch.tensor(ids, dtype=windows.dtype).expand(len(windows), -1) for ids in self)
+        return torch.cat([first, windows, last], 1)
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the tokenizer puts around every text, where it is something on both sides; else nothing.
+
+    A decoder's windows are cut without the one token that leads its text, as in the paper. An encoder has never seen a
+    text without both.
+    """
+    ids, special = (
+        tokenizer("a", return_special_tokens_mask=True)[key] for key in ("input_ids", "special_tokens_mask")
+    )
+    if all(special) or not (special[0] and special[-1]):
+        return Frame([], [])
+    return Frame(ids[: special.index(0)], ids[len(ids) - special[::-1].index(0) :])
 
 
 def sample_windows(tokens: torch.Tensor, windows: int, length: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,23 @@ def test_one_leading_token_for_the_whole_text(tokenizer):
     assert tokens[0] == tokenizer.bos_token_id
     assert (tokens == tokenizer.bos_token_id).sum() == 1
     assert tokenizer.decode(tokens[1:]) == PROSE * 3
+
+
+def test_windows_of_an_encoder_stand_between_its_special_tokens(tokenizer):
+    assert windows.frame(tokenizer) == ([], [])  # one leading token alone is that of a decoder
+    encoder = copy.deepcopy(tokenizer)
+    encoder.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    ends = [(name, encoder.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")]
+    encoder.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )
+    frame = windows.frame(encoder)
+    assert frame == ([ends[0][1]], [ends[1][1]]) and frame.inside(5) == 3
+    with pytest.raises(ApiqError, match=r"calibration\.length is 2,.* at least 3"):
+        frame.inside(2)
+    framed = frame.around(torch.arange(6).view(2, 3))
+    assert framed.tolist() == [[ends[0][1], 0, 1, 2, ends[1][1]], [ends[0][1], 3, 4, 5, ends[1][1]]]
+    assert windows.tokenize(PROSE, encoder).tolist() == encoder(PROSE)["input_ids"]
 
 
 def test_a_text_beyond_the_context_is_not_cut_and_gives_no_warning(tokenizer, caplog, recwarn):
