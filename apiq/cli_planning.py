@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from apiq.cli_options import Json, Set
+from apiq.cli_output import show
 from apiq.overrides import lay_over, override
 from apiq.params import Params, parse
 
@@ -51,7 +51,7 @@ def plan(
 
         result = foresee(_parameters(profile, model, params, settings), out, timed)
     if as_json:
-        print(json.dumps(result, allow_nan=False))
+        show(result, True)
     else:
         _show(result)
 
@@ -75,7 +75,7 @@ def doctor(as_json: Json = False) -> None:
                 )
     problems = sum(finding["status"] == "problem" for finding in findings)
     if as_json:
-        print(json.dumps({"checks": findings, "problems": problems}))
+        show({"checks": findings, "problems": problems}, True)
     if problems:
         raise typer.Exit(1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from apiq.cli_options import Json, Set
+from apiq.cli_output import show
 from apiq.errors import ApiqError
 from apiq.files import read_json
 
@@ -58,7 +58,7 @@ def sweep(
         )
     folder = Path("data/sweeps") / planned.name
     if as_json and (folder / "cells.json").is_file():
-        print(json.dumps(read_json(folder / "cells.json")))
+        show(read_json(folder / "cells.json"), True)
     elif (folder / "table.md").is_file():
         Console().print((folder / "table.md").read_text(encoding="utf-8"), soft_wrap=True, markup=False)
     if not state.is_completed():
@@ -86,7 +86,7 @@ def _flow() -> Any:
 def _show_cells(planned: Any, as_json: bool) -> None:
     if as_json:
         cells = [{"name": cell.name, "changes": cell.changes, "refused": cell.refused} for cell in planned.cells]
-        print(json.dumps({"name": planned.name, "cells": cells}))
+        show({"name": planned.name, "cells": cells}, True)
         return
     for cell in planned.cells:
         told = ", ".join(f"{axis} {label}" for axis, label in cell.labels.items())
