@@ -20,6 +20,8 @@ DECOMPOSED = 8
 """Matrices of the size of the largest linear while loftq and lq-lora decompose it: W, what is left, U, V, workspace."""
 TRANSFORMED = 3
 """Weights of all linears that omniquant keeps for its backward pass beside W: W c, Q and Q / c."""
+STATES = {"adamw": 8, "adamw-8bit": 2, "paged-adamw-8bit": 2}
+"""Bytes of both moments of a parameter, by finetune.optimizer."""
 GUARD = 3
 """Copies that `apiq.methods.descent` keeps of the last good state: the parameters and their two moments."""
 PACKING = 25
@@ -152,8 +154,8 @@ def work_folder(packed: int, adapters: int, one_set: int, mapped: int) -> int:
 
 
 def training(
-    packed: int, outside: int, item_bytes: int, adapter: int, work: Pass, blocks: int, entry: int, head: int,
-    checkpointing: bool, dequantized: int,
+    packed: int, outside: int, item_bytes: int, adapter: int, moments: int, work: Pass, blocks: int, entry: int,
+    head: int, checkpointing: bool, dequantized: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on the device to finetune: the frozen packed model, its adapters with AdamW, one batch.
 
@@ -165,6 +167,7 @@ def training(
         outside: parameters outside the blocks, in the precision of the arithmetic.
         item_bytes: bytes of a number in that precision.
         adapter: adapter parameters of the whole model.
+        moments: bytes of both moments of one of them.
         work: forward and backward of one packed block.
         blocks: number of blocks.
         entry: bytes of the hidden states of a batch.
@@ -176,7 +179,7 @@ def training(
     top = max(head, work.peak - (0 if checkpointing else work.kept))
     return {
         "packed model": packed + outside * item_bytes,
-        "adapters and optimizer": 4 * FLOAT * adapter,
+        "adapters and optimizer": (2 * FLOAT + moments) * adapter,
         "activations": kept,
         "step": max(top, dequantized),
     }

@@ -90,8 +90,9 @@ def tuning_needs(setting: Setting) -> dict[str, Any] | None:
     params = setting.params.finetune
     tokens = params.batch_size * params.length
     return _training_needs(
-        setting, setting.training, tokens, setting.tuning_dtype, setting.tuning_device, params.activation_checkpointing
-    )
+        setting, setting.training, tokens, setting.tuning_dtype, setting.tuning_device,
+        params.activation_checkpointing, memory.STATES[params.optimizer],
+    )  # fmt: skip
 
 
 def refining_needs(setting: Setting) -> dict[str, Any] | None:
@@ -109,7 +110,7 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
     kept = min(params.top_k, entries)
     each = memory.FLOAT * kept * (1 if kept == entries else 2)
     tokens = min(params.batch_size, windows) * calibration.length
-    needs = _training_needs(setting, setting.refining, tokens, dtype, device, bool(again))
+    needs = _training_needs(setting, setting.refining, tokens, dtype, device, bool(again), memory.STATES["adamw"])
     guard = 3 * memory.FLOAT * setting.result.trained
     (needs["gpu"] or needs["ram"])["adapters and optimizer"] += guard
     needs["ram"]["predictions"] = windows * calibration.length * each
@@ -117,16 +118,18 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
 
 
 def _training_needs(
-    setting: Setting, work: Pass, tokens: int, dtype: torch.dtype, device: torch.device, checkpointing: bool
-) -> dict[str, Any]:
+    setting: Setting, work: Pass, tokens: int, dtype: torch.dtype, device: torch.device, checkpointing: bool,
+    moments: int,
+) -> dict[str, Any]:  # fmt: skip
     """GPU memory and RAM of training the adapters of the packed model on batches of `tokens`."""
     shapes = setting.outline
     outside = sum(value.numel() for value in shapes.outside().values())
     entries = int(shapes.config.get_text_config().vocab_size)
     head = count_head(tokens, entries, shapes.width, dtype, device)
     parts = memory.training(
-        sum(setting.result.blocks), outside, dtype.itemsize, setting.result.trained, work, len(shapes.blocks.modules),
-        tokens * shapes.width * 4, head, checkpointing, memory.DEQUANTIZED * setting.sizes.largest,
+        sum(setting.result.blocks), outside, dtype.itemsize, setting.result.trained, moments, work,
+        len(shapes.blocks.modules), tokens * shapes.width * 4, head, checkpointing,
+        memory.DEQUANTIZED * setting.sizes.largest,
     )  # fmt: skip
     loaded = {"interpreter": setting.machine.interpreter}
     if setting.machine.gpu is None or device.type == "cpu":

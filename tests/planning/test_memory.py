@@ -1,9 +1,12 @@
 """The arithmetic of memory and time on numbers that can be checked by hand."""
 
+import typing
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apiq.params import FinetuneParams
 from apiq.planning import memory
 from apiq.planning.forecast import fit, two_sizes
 from apiq.planning.step import Pass
@@ -64,10 +67,10 @@ def test_the_allocator_keeps_what_was_alive_or_the_small_weights_of_a_few_blocks
     assert memory.allocator(1, BLOCK, 4, blocks=80) == memory.KEPT * 1600
 
 
-def training(checkpointing, blocks=4):
+def training(checkpointing, blocks=4, optimizer="adamw"):
     return memory.training(
-        packed=100, outside=10, item_bytes=2, adapter=5, work=WORK, blocks=blocks, entry=64, head=600,
-        checkpointing=checkpointing, dequantized=50,
+        packed=100, outside=10, item_bytes=2, adapter=5, moments=memory.STATES[optimizer], work=WORK,
+        blocks=blocks, entry=64, head=600, checkpointing=checkpointing, dequantized=50,
     )  # fmt: skip
 
 
@@ -79,6 +82,12 @@ def test_training_with_and_without_checkpointing():
     assert without["step"] == 9000 - 5000
     assert with_it["activations"] == 4 * 64
     assert with_it["step"] == 9000
+    assert training(False, optimizer="adamw-8bit")["adapters and optimizer"] == 10 * 5
+
+
+def test_the_moments_of_every_optimizer_are_counted():
+    known = typing.get_args(FinetuneParams.model_fields["optimizer"].annotation)
+    assert set(memory.STATES) == set(known)
 
 
 seconds = st.floats(0.01, 100)
