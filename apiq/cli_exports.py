@@ -16,6 +16,13 @@ Folder = Annotated[Path, typer.Argument(help="A quantized folder, or a finetuned
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
 
 
+class Into(StrEnum):
+    """Where `apiq merge` puts adapters."""
+
+    DENSE = "dense"
+    ZEROS = "zeros"
+
+
 class Format(StrEnum):
     """The formats of `apiq.exports.run`, which is not imported to show help."""
 
@@ -66,6 +73,10 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="Of the merged weights: float32, float16, bfloat16; auto is that of the checkpoint.")
     ] = "auto",
+    into: Annotated[
+        Into,
+        typer.Option(help="dense weights; or the zero points of the quantized ones, for adapters that were pooled."),
+    ] = Into.DENSE,
     back: Annotated[
         str | None,
         typer.Option(
@@ -84,15 +95,23 @@ def merge(
     calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration")] = None,
     as_json: Json = False,
 ) -> None:
-    r"""Write the model with its adapters inside the weights: dense, or in a few bits again.
+    r"""Write the model with its adapters inside the weights: dense, or in a few bits.
 
     [bold]Example:[/bold] apiq merge ./my-model-tuned --out ./my-model-merged --dtype float16
 
-    A dense model computes what it did with the adapter beside. In a few bits it does not, as the sum lies on no grid:
+    A dense model computes what it did with the adapter beside. So does the quantized one with
+    [bold]--into zeros[/bold], if the adapter was trained with finetune.pooled. Other adapters lie on no grid:
     [bold]apiq merge ./my-model-tuned --out ./my-model-again --requantize rtn --text wikitext2 --join '\n\n'[/bold] says
-    what that costs in perplexity.
+    what rounding the sum again costs in perplexity.
     """
-    if back is None:
+    if into == Into.ZEROS:
+        if back is not None or dtype != "auto":
+            raise typer.BadParameter("--into zeros keeps the codes; leave out --requantize and --dtype.")
+        with working("merge"):
+            from apiq.exports.zeros import merge_into_zeros
+
+            result = merge_into_zeros(folder, out)
+    elif back is None:
         with working("merge"):
             from apiq.exports.merge import merge as write
 

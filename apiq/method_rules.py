@@ -34,6 +34,13 @@ def combinations(params: QuantizeParams) -> None:
         require(params.adapter == "lora", "adapter", params.adapter, f"lora for {what}, which finds its A and B")
         options = params.adapter_options
         require(not options, "adapter_options", options, f"{{}} for {what}, which finds A and B of plain LoRA")
+    if params.pooled:
+        methods = ("apiq-lw", "apiq-bw", "gptq-lora")
+        require(
+            params.method in methods, "pooled", True, f"false for method {params.method}; {', '.join(methods)} have it"
+        )
+        require(params.adapter in ("lora", "rslora"), "adapter", params.adapter, "lora or rslora when pooled is true")
+        require(params.start == "default", "start", params.start, "default when pooled is true")
     if params.method in ("qlora", "gptq-lora") and params.adapter != "none":
         moves = TUNERS[params.adapter].moves_weight
         require(not moves, "adapter", params.adapter, f"one that starts at no change for method {params.method}")

@@ -115,6 +115,9 @@ class FinetuneParams(Section):
     """Sequences on the device at once."""
     accumulation: Positive = 16
     """Batches whose gradients are added before a step."""
+    pooled: bool = False
+    """Keep A constant within the groups of the grid (QA-LoRA, arXiv 2309.14717), so that `apiq merge --into zeros` is
+    exact. Adapters that were not quantized with quantize.pooled lose most of what was fitted at the start."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
     """AdamW with moments in float32, or in 8 bits by bitsandbytes; paged moves them to RAM when the GPU is full."""
     learning_rate: Rate = 3e-4
@@ -146,6 +149,9 @@ class FinetuneParams(Section):
         require(
             self.task != "instruction" or self.pairs is not None, "pairs", self.pairs, "a file when task is instruction"
         )
+        alike = not self.pooled or self.optimizer == "adamw"
+        reason = "moments in 8 bits are not alike within a group"
+        require(alike, "optimizer", self.optimizer, f"adamw when pooled is true: {reason}")
         return self
 
 

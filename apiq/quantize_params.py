@@ -69,6 +69,9 @@ class QuantizeParams(Section):
     adapter_targets: Annotated[list[str], Field(min_length=1)] = ["all"]  # noqa: RUF012 (pydantic copies it)
     """Linears that carry adapters: all, attn, ffn, names as in self_attn.q_proj, or ends of names as in q_proj.
     The others are quantized all the same."""
+    pooled: bool = False
+    """Keep A of lora and rslora constant within the groups of the grid, so that `apiq merge --into zeros` is exact
+    (QA-LoRA, arXiv 2309.14717). For apiq-lw, apiq-bw and gptq-lora; refinement keeps it so, and finetune.pooled."""
     adapter_options: dict[str, Any] = Field(default_factory=dict)
     """More fields of the tuner's config in PEFT, as in {use_dora: true}."""
     ranges: Literal["whole", "weight", "output"] = "whole"

@@ -14,7 +14,7 @@ from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
 from apiq.files import read_json
 
-PARTS = {"codes": ("codes",), "scales": ("scales", "scale_ranges", "scale_mean"), "zeros": ("zeros",)}
+PARTS = {"codes": ("codes",), "scales": ("scales", "scale_ranges", "scale_mean"), "zeros": ("zeros", "offsets")}
 """The tensors of a packed linear by what they are counted as."""
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U8": 8, "I8": 8}
 

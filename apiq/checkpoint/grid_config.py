@@ -18,7 +18,7 @@ def described(grid: Grid) -> dict[str, Any]:
     entries = {"bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric}
     if isinstance(grid, NormalFloat):
         return {**entries, "levels": "normal-float", "double_quantization": grid.double}
-    return {**entries, "levels": "uniform"}
+    return {**entries, "levels": "uniform", **({"offsets": True} if grid.offsets else {})}
 
 
 def grid_of(config: Mapping[str, Any]) -> Grid:
@@ -26,7 +26,7 @@ def grid_of(config: Mapping[str, Any]) -> Grid:
     bits, group_size = config["bits"], config["group_size"]
     if config.get("levels") == "normal-float":
         return NormalFloat(bits, group_size, double=config["double_quantization"])
-    return Grid(bits, group_size, config["symmetric"])
+    return Grid(bits, group_size, config["symmetric"], config.get("offsets", False))
 
 
 def exceptions(default: Grid, grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:

@@ -33,12 +33,13 @@ class ApiqConfig(QuantizationConfigMixin):
         linears: list[str],
         levels: str = "uniform",
         double_quantization: bool = False,
+        offsets: bool = False,
         exceptions: dict[str, dict[str, Any]] | None = None,
         **_: Any,
     ):
         self.quant_method = "apiq"  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        self.levels, self.double_quantization = levels, double_quantization
+        self.levels, self.double_quantization, self.offsets = levels, double_quantization, offsets
         self.blocks, self.linears, self.exceptions = blocks, linears, exceptions or {}
 
     @property
@@ -101,16 +102,24 @@ def pack_linears(model: nn.Module, config: ApiqConfig, dtype: torch.dtype) -> st
 
 
 def _refuse_missing(model: nn.Module, path: str, config: ApiqConfig, files: list[Path]) -> None:
-    """Refuse a checkpoint that lacks a tensor of a packed linear: transformers would only warn and make it up."""
-    stored: set[str] = set()
+    """Refuse a checkpoint in which a packed linear lacks a tensor or has one of another shape.
+
+    transformers would only warn of the one and make it up, and give a table of the other.
+    """
+    stored: dict[str, list[int]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            stored.update(key.removeprefix(f"{config.blocks}.") for key in tensors.keys())  # noqa: SIM118 (no mapping)
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                stored[key.removeprefix(f"{config.blocks}.")] = tensors.get_slice(key).get_shape()
     for name, module in model.get_submodule(path).named_modules():
-        if isinstance(module, PackedLinear):
-            missing = [key for key in module.state_dict() if f"{name}.{key}" not in stored]
-            if missing:
-                raise ApiqError(f"the checkpoint has no tensor {path}.{name}.{missing[0]}; make it again.")
+        for key, value in module.state_dict().items() if isinstance(module, PackedLinear) else ():
+            shape, place = stored.get(f"{name}.{key}"), f"{path}.{name}.{key}"
+            if shape is None:
+                raise ApiqError(f"the checkpoint has no tensor {place}; make it again.")
+            if shape != list(value.shape):
+                raise ApiqError(
+                    f"the tensor {place} has shape {shape}, not {list(value.shape)}; make the folder again."
+                )
 
 
 # As calls, not as decorators: those would hide the classes from type checkers

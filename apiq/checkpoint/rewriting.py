@@ -42,11 +42,22 @@ def rewritten(
         write_adapter_file(new / "adapter", before | kept, adapter_bits)
 
 
+def without_adapters(folder: Path, new: Path) -> None:
+    """Copy the checkpoint in `folder` to the folder `new`, all but its manifest and its adapters."""
+    shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(manifest.NAME, "adapter"))
+
+
+def put_offsets(path: Path, offsets: Mapping[str, Tensor]) -> None:
+    """Add offsets (out, G), float32, to a weight file by the names of their linears."""
+    _replace(path, {f"{name}.offsets": value for name, value in offsets.items()})
+
+
 def _replace(path: Path, values: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file anew with some of its tensors replaced."""
+    """Write a safetensors file anew with some of its tensors replaced, or with more of them."""
     tensors = load_file(path)
     for name, value in values.items():
-        tensors[name] = value.detach().to(tensors[name].dtype).cpu().contiguous()
+        dtype = tensors[name].dtype if name in tensors else value.dtype
+        tensors[name] = value.detach().to(dtype).cpu().contiguous()
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata=metadata)

@@ -26,6 +26,7 @@ def check_v1(source: Source, dtype: torch.dtype) -> None:
     Raises:
         ApiqError: what the layout or its engines do not hold.
     """
+    require_uniform(source, "GPTQ v1")
     require_bits(one_grid(source, "GPTQ v1"), "GPTQ v1", (4, 8))
     if not one_grid(source, "GPTQ v1").symmetric:
         raise ApiqError(
@@ -41,12 +42,12 @@ def check_v2(source: Source, dtype: torch.dtype) -> None:
     Raises:
         ApiqError: what the layout does not hold.
     """
+    require_uniform(source, "GPTQ v2")
     require_bits(one_grid(source, "GPTQ v2"), "GPTQ v2", (2, 3, 4, 8))
     _check(source, "GPTQ v2", dtype)
 
 
 def _check(source: Source, name: str, dtype: torch.dtype) -> None:
-    require_uniform(source, name)
     common_group_size(source, name, one_grid(source, name))
     require_whole_words(source, name, inputs=32, outputs=32)
     source.unpacked_linears()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -34,29 +35,42 @@ class Merger:
         return read_adapter(self.folder)
 
     @torch.no_grad()
+    def adapted(self, linears: list[Linear]) -> Any:
+        """The linears of a block, dense and float32, with their adapters: PEFT's model, or None without adapters there.
+
+        Raises:
+            ApiqError: PEFT does not know one of their tensors.
+        """
+        own = {key: value for key, value in self.state.items() if _shared(key) or _within(key, linears)}
+        if all(_shared(key) for key in own):
+            return None
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore", UserWarning)  # PEFT speaks of whole models
+            adapted = peft.get_peft_model(_tree(linears), self.config)
+            unknown = peft.set_peft_model_state_dict(adapted, own).unexpected_keys
+        if unknown:
+            raise ApiqError(f"PEFT does not know the adapter tensor {unknown[0]} of {self.folder}.")
+        return adapted
+
+    @torch.no_grad()
     def merged(self, linears: list[Linear]) -> dict[str, Tensor]:
         """Weights and biases of the linears of a block with what the adapters change in them, float32, by name.
 
         Raises:
             ApiqError: the adapters are no change of weights.
         """
-        tree = _tree(linears)
-        own = {key: value for key, value in self.state.items() if _shared(key) or _within(key, linears)}
-        if all(_shared(key) for key in own):
-            return tree.state_dict()
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore", UserWarning)  # PEFT speaks of whole models
-            adapted = peft.get_peft_model(tree, self.config)
-            unknown = peft.set_peft_model_state_dict(adapted, own).unexpected_keys
-            if unknown:
-                raise ApiqError(f"PEFT does not know the adapter tensor {unknown[0]} of {self.folder}.")
-            try:
+        adapted = self.adapted(linears)
+        if adapted is None:
+            return _tree(linears).state_dict()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
                 return adapted.merge_and_unload(safe_merge=True).state_dict()
-            except (NotImplementedError, AttributeError) as error:
-                raise ApiqError(
-                    f"adapters of type {self.config.peft_type} are no change of the weight and cannot be merged "
-                    f"({type(error).__name__}); keep them beside the model with apiq export --format dense."
-                ) from None
+        except (NotImplementedError, AttributeError) as error:
+            raise ApiqError(
+                f"adapters of type {self.config.peft_type} are no change of the weight and cannot be merged "
+                f"({type(error).__name__}); keep them beside the model with apiq export --format dense."
+            ) from None
 
     def refuse_strays(self, source: Source) -> None:
         """Refuse adapters that are not on packed linears, which the merge would lose.
@@ -79,15 +93,25 @@ def write_merged(source: Source, folder: Path, dtype: torch.dtype) -> None:
     Raises:
         ApiqError: there is no adapter, it cannot be merged, or a number is too large for `dtype`.
     """
-    if source.adapter is None:
-        raise ApiqError(f"{source.folder} has no adapters to merge; use apiq export --format dense.")
-    merger = Merger(source.adapter)
-    merger.refuse_strays(source)
+    merger = merger_of(source)
 
     def tensors(linears: list[Linear]) -> dict[str, Tensor]:
         return {name: cast(value, dtype, name) for name, value in merger.merged(linears).items()}
 
     write_folder(source, folder, tensors, dtype)
+
+
+def merger_of(source: Source) -> Merger:
+    """The adapters of `source`, all of which are on packed linears.
+
+    Raises:
+        ApiqError: there are none, or one is elsewhere.
+    """
+    if source.adapter is None:
+        raise ApiqError(f"{source.folder} has no adapters to merge; use apiq export --format dense.")
+    merger = Merger(source.adapter)
+    merger.refuse_strays(source)
+    return merger
 
 
 def _shared(key: str) -> bool:

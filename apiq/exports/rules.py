@@ -9,16 +9,22 @@ from apiq.grids.normal_float import NormalFloat
 
 
 def require_uniform(source: Source, format: str) -> None:
-    """Refuse levels that are not evenly spaced.
+    """Refuse levels other than s (codes - z) with whole numbers z.
 
     Raises:
-        ApiqError: the levels of a linear are those of NormalFloat.
+        ApiqError: the levels of a linear are those of NormalFloat, or an adapter was merged into its zero points.
     """
     if any(isinstance(grid, NormalFloat) for grid in source.grids.values()):
         raise ApiqError(
             f"{format} has no NormalFloat levels; quantize with a method of uniform levels (apiq-bw, or loftq with "
             "loftq.levels: uniform), or export with --format dense."
         )
+    for name, grid in source.grids.items():
+        if grid.offsets:
+            raise ApiqError(
+                f"{format} has whole zero points, and those of {name} hold a merged adapter; export the folder from "
+                "before apiq merge --into zeros, with its adapter beside, or this one with --format dense."
+            )
 
 
 def one_grid(source: Source, format: str) -> Grid:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerState
 
+from apiq.adapters.pooled import Pooling
 from apiq.allocator import give_back_freed
 from apiq.checkpoint import manifest
 from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
@@ -34,6 +35,8 @@ from apiq.work import code_version, work_folder
 
 COLUMNS = ["step", "loss", "held_out_loss", "learning_rate"]
 CONFIG = "adapter_config.json"
+POOLED = "pooled"
+"""Folder of the adapters as they start when they are pooled."""
 TRACKING = "tracking"
 """Folder beside the output for what `finetune.tracking` writes, one folder a run."""
 
@@ -43,9 +46,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Train the adapters in `folder` on its frozen model and write those with the lowest held-out loss to `out`.
 
-    The adapters that training starts from are a candidate too. Work in progress is kept in
-    `apiq.work.work_folder`; the same call after a kill goes on from the last checkpoint and ends
-    with the same bytes. What `finetune.tracking` writes goes to `tracking/` beside
+    The adapters that training starts from (pooled ones with `finetune.pooled`) are a candidate too.
+    Work in progress is kept in `apiq.work.work_folder`; the same call after a kill goes on from the
+    last checkpoint and ends with the same bytes. What `finetune.tracking` writes goes to `tracking/` beside
     `out`, so that `out` is the same with and without.
 
     Args:
@@ -56,11 +59,12 @@ def finetune(
         progress: told after every step.
 
     Returns:
-        The content of metrics.json, and what the run cost: `seconds`, `cpu_seconds`, `peak_memory_mb`.
+        The content of metrics.json, and what the run cost: `seconds`, `cpu_seconds`, `peak_memory_mb`. With
+        `finetune.pooled` there is `pooled_change`, how far pooling moved all A from what they were: ||A' - A|| / ||A||.
 
     Raises:
-        ApiqError: the folder has no adapters or is damaged, the data cannot be used, or a loss is
-            not finite (finished checkpoints are kept).
+        ApiqError: the folder has no adapters or is damaged, the data cannot be used, the adapters cannot be pooled,
+            or a loss is not finite (finished checkpoints are kept).
     """
     meter, folder, out = Meter(), Path(folder), Path(out)
     with borrowed(params.seed):
@@ -74,12 +78,16 @@ def finetune(
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
         examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
         work = _work(folder, loaded, params, examples)
+        pooling = Pooling(loaded.model, "finetune.pooled") if params.pooled else None
+        if pooling is not None:
+            loaded.model.save_pretrained(str(work / POOLED))
         tracks = out.parent / TRACKING / f"{out.name}-{work.name[:8]}"
-        trainer = AdapterTrainer(loaded.model, examples, params, work, progress, tracker(params, tracks))
+        trainer = AdapterTrainer(loaded.model, examples, params, work, progress, tracker(params, tracks), pooling)
         start = _start(trainer, work)
         newest = newest_checkpoint(work)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    metrics = _write(out, folder, loaded, examples, start, trainer.state)
+    began = folder / "adapter" if pooling is None else work / POOLED
+    metrics = _write(out, began, loaded, examples, start, trainer.state, pooling)
     shutil.rmtree(work)
     return metrics | meter.reading()
 
@@ -117,9 +125,15 @@ def _start(trainer: AdapterTrainer, work: Path) -> float:
 
 
 def _write(
-    out: Path, folder: Path, loaded: Loaded, examples: Examples, start: float, state: TrainerState
+    out: Path,
+    began: Path,
+    loaded: Loaded,
+    examples: Examples,
+    start: float,
+    state: TrainerState,
+    pooling: Pooling | None,
 ) -> dict[str, Any]:
-    """Write the best adapter, its manifest, log.csv and metrics.json; give the metrics."""
+    """Write the best adapter, which may be the one in `began`, its manifest, log.csv and metrics.json; give these."""
     best, lowest = 0, start
     if state.best_metric is not None and state.best_metric < start:
         best, lowest = int(state.best_global_step or 0), state.best_metric
@@ -130,11 +144,10 @@ def _write(
         "best_step": best,
         "steps": state.global_step,
         "tokens": int(state.num_input_tokens_seen),
+        **({} if pooling is None else {"pooled_change": rounded(pooling.change)}),
     }
     with new_folder(out) as new:
-        _write_adapter(
-            new / "adapter", trained if best else folder / "adapter", os.path.relpath(loaded.folder, out / "adapter")
-        )
+        _write_adapter(new / "adapter", trained if best else began, os.path.relpath(loaded.folder, out / "adapter"))
         write_text(new / "log.csv", _log(start, state.log_history))
         write_json(new / "metrics.json", metrics)
         manifest.write(new, "finetuned", base=os.path.relpath(loaded.folder, out), data=examples.source)

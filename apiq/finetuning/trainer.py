@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.import_utils import is_bitsandbytes_available
 
+from apiq.adapters.pooled import Pooling
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 from apiq.finetuning.examples import IGNORED, Examples, collate
@@ -39,6 +40,7 @@ class AdapterTrainer(Trainer):
         work: Path,
         progress: Progress,
         trackers: Sequence[TrainerCallback] = (),
+        pooling: Pooling | None = None,
     ):
         super().__init__(
             model=model,
@@ -46,7 +48,7 @@ class AdapterTrainer(Trainer):
             data_collator=collate_packed if params.packing else collate,
             train_dataset=examples.train,  # pyright: ignore[reportArgumentType]
             eval_dataset=examples.held_out,  # pyright: ignore[reportArgumentType]
-            callbacks=[_Watch(params, progress), *trackers],
+            callbacks=[*([] if pooling is None else [_Settle(pooling)]), _Watch(params, progress), *trackers],
         )
         self.remove_callback(PrinterCallback)
         if params.packing:
@@ -110,6 +112,16 @@ class _Watch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert args.output_dir is not None
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class _Settle(TrainerCallback):
+    """Keeps pooled adapters pooled to the last bit."""
+
+    def __init__(self, pooling: Pooling) -> None:
+        self._pooling = pooling
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._pooling.settle()
 
 
 def _not_finite(name: str, step: int, params: FinetuneParams) -> str:

@@ -31,6 +31,8 @@ class Grid:
     """Consecutive inputs that share a scale, g; 0 for one group a row. The last group may be shorter."""
     symmetric: bool
     """Fixed zero point 2^(b-1) instead of one per group."""
+    offsets: bool = False
+    """A float32 number o for each group besides, Q = s (codes - z) + o: what a pooled adapter was merged into."""
 
     @property
     def top(self) -> int:
@@ -124,10 +126,11 @@ def encode(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
     return ungrouped(codes.to(torch.uint8), W.shape[1])
 
 
-def decode(codes: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
-    """Q = s (codes - z), (out, in), in the dtype of s."""
+def decode(codes: Tensor, s: Tensor, z: Tensor, grid: Grid, o: Tensor | None = None) -> Tensor:
+    """Q = s (codes - z) + o, (out, in), in the dtype of s; o (out, G) is 0 if left out."""
     groups = grouped(codes, grid).to(s.dtype)
-    return ungrouped(groups.sub_(z.to(s.dtype).unsqueeze(-1)).mul_(s.unsqueeze(-1)), codes.shape[1])
+    groups = groups.sub_(z.to(s.dtype).unsqueeze(-1)).mul_(s.unsqueeze(-1))
+    return ungrouped(groups if o is None else groups.add_(o.to(s.dtype).unsqueeze(-1)), codes.shape[1])
 
 
 def fake_quantize(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:

@@ -30,7 +30,8 @@ def fits(linear: PackedLinear, X: Tensor) -> bool:
     """Whether the kernel computes X Q^T + bias for this X (..., in); all else takes the plain path.
 
     X holds a few tokens on a GPU that Triton works on, in the precision of the linear; nothing asks for a gradient;
-    levels are uniform, in 2, 3 or 4 bits. torch.compile fuses the plain path itself, and autocast converts X there.
+    levels are uniform, in 2, 3 or 4 bits, without offsets. torch.compile fuses the plain path itself, and autocast
+    converts X there.
     """
     return (
         X.device.type == linear.codes.device.type == "cuda"
@@ -52,6 +53,7 @@ def _suits(linear: PackedLinear, X: Tensor) -> bool:
         and X.device == linear.codes.device
         and type(linear.grid) is Grid
         and linear.grid.bits in BITS
+        and not linear.grid.offsets
         and not autocast_is_on(X.device.type)
     )
 

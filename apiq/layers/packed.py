@@ -18,7 +18,7 @@ from apiq.grids.normal_float import NormalFloat
 from apiq.grids.packing import pack, unpack, words
 from apiq.layers import fused
 
-SCALE_PARTS = ("scales", "scale_ranges", "scale_mean")
+SCALE_PARTS = ("scales", "scale_ranges", "scale_mean", "offsets")
 """Buffers that keep their precision whatever the model is cast to."""
 _asked: ContextVar[dict[PackedLinear, Tensor] | None] = ContextVar("asked", default=None)
 """Within `asked_once`, the linear that was asked for its weight last, and the weight."""
@@ -43,6 +43,7 @@ class PackedLinear(nn.Linear):
     Owns the buffers `codes` int32 (out, ceil(in b / 32)), `scales` (out, G) and, on an asymmetric
     grid, `zeros` int32 (out, ceil(G b / 32)), and the parameter `bias` (out) where the layer has one.
     Doubly quantized scales are uint8 and come with `scale_ranges` float32 (blocks) and `scale_mean` float32 ().
+    A grid with offsets has `offsets` float32 (out, G).
     `weight` is computed, never stored, and cannot be assigned to.
     """
 
@@ -52,6 +53,7 @@ class PackedLinear(nn.Linear):
     scale_ranges: Tensor
     scale_mean: Tensor
     zeros: Tensor
+    offsets: Tensor
 
     def __init__(self, in_features: int, out_features: int, grid: Grid, bias: bool, dtype: torch.dtype):
         nn.Module.__init__(self)
@@ -69,6 +71,8 @@ class PackedLinear(nn.Linear):
             self.register_buffer("scale_mean", torch.zeros((), dtype=torch.float32))
         if not grid.symmetric:
             self.register_buffer("zeros", torch.zeros(out_features, words(groups, grid.bits), dtype=torch.int32))
+        if grid.offsets:
+            self.register_buffer("offsets", torch.zeros(out_features, groups, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
         self.compute_dtype = dtype
         self.held: Tensor | None = None  # Q, while `apiq.layers.dense` holds it
@@ -108,18 +112,26 @@ class PackedLinear(nn.Linear):
         return unpack(self.codes, self.grid.bits, self.in_features), s, z
 
     def dequantized(self) -> Tensor:
-        """Q = s (codes - z), or s levels[codes], (out, in), computed in float32, in the compute dtype."""
-        return self._decoded(*self.unpacked()).to(self.compute_dtype)
+        """Q = s (codes - z) + offsets, or s levels[codes], (out, in), in float32, cast to the compute dtype."""
+        return self._decoded(*self.unpacked(), self._offsets()).to(self.compute_dtype)
 
     def scaled(self, s: Tensor) -> Tensor:
-        """Q (out, in) with other scales s (out, G) on its codes, in the dtype of s; with scales of 1, codes - z."""
+        """Q (out, in) with other scales s (out, G) on its codes, in the dtype of s."""
         codes, _, z = self.unpacked()
-        return self._decoded(codes, s, z)
+        return self._decoded(codes, s, z, self._offsets())
 
-    def _decoded(self, codes: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    def levels(self) -> Tensor:
+        """What the scales multiply: codes - z, or levels[codes], (out, in), float32."""
+        codes, s, z = self.unpacked()
+        return self._decoded(codes, torch.ones_like(s), z, None)
+
+    def _offsets(self) -> Tensor | None:
+        return self.offsets if self.grid.offsets else None
+
+    def _decoded(self, codes: Tensor, s: Tensor, z: Tensor, o: Tensor | None) -> Tensor:
         if isinstance(self.grid, NormalFloat):
             return normal_float.decode(codes, s, self.grid)
-        return decode(codes, s, z, self.grid)
+        return decode(codes, s, z, self.grid, o)
 
     @property
     def weight(self) -> Tensor:
@@ -160,6 +172,7 @@ class PackedLinear(nn.Linear):
         kind = "symmetric" if grid.symmetric else "asymmetric"
         if isinstance(grid, NormalFloat):
             kind = "NormalFloat, scales in 8 bits" if grid.double else "NormalFloat"
+        kind += ", offsets" if grid.offsets else ""
         return f"{self.in_features}, {self.out_features}, {grid.bits} bits, group size {grid.group_size}, {kind}"
 
 

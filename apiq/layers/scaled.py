@@ -4,7 +4,7 @@
 
 The factors start at 1, so a learning rate is relative to the size of what it moves, whatever the model. The forward
 pass keeps X and the factors; Q is made again in the backward pass, whole for the gradient of X and in pieces of
-a few rows for dL/ds, the sum over each group of (dL/dQ) L.
+a few rows for dL/ds, the sum over each group of (dL/dQ) L. Offsets, where the grid has them, stay as they are.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _ScaledProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_input = (flat @ ctx.packed.scaled(s).to(grad.dtype)).view(X.shape)
         if ctx.needs_input_grad[1]:
-            for_scale = _scale_gradient(flat, inputs, ctx.packed.scaled(torch.ones_like(s)), ctx.packed.grid)
+            for_scale = _scale_gradient(flat, inputs, ctx.packed.levels(), ctx.packed.grid)
         return for_input, for_scale, None, None
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from apiq.adapters.configuration import targets
 from apiq.adapters.injection import Adapters
+from apiq.adapters.pooled import Pooling
 from apiq.adapters.targets import shapes
 from apiq.adapters.tuners import TUNERS, Tuner
 from apiq.blocks.architecture import replace
@@ -76,6 +77,8 @@ class Fit:
                 self.adapters = Adapters(problem.block, params, self.shapes, problem.seed, start=True)
         if params.start == "closed-form" and self.adapters is not None:
             start_at_closed_form(problem, self.adapters, originals, self.fakes, params)
+        pools = params.pooled and self.adapters is not None
+        self.pooling = Pooling(problem.block, "quantize.pooled") if pools else None
         for fake in self.fakes.values():
             fake.gamma.requires_grad_(True)
             fake.beta.requires_grad_(True)
@@ -114,6 +117,8 @@ class Fit:
 
     def solution(self, curves: list[Curve], start: float) -> Solution:
         """The packed linears and adapters as they were trained."""
+        if self.pooling is not None:
+            self.pooling.release()
         adapters = {} if self.adapters is None else self.adapters.state()
         packed = {name: fake.packed() for name, fake in self.fakes.items()}
         return Solution(packed, adapters, curves, start, self.unreached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from apiq.blocks.problem import Problem, Solution
 from apiq.methods.gptq import quantize_in_order
+from apiq.methods.inputs import place
 from apiq.methods.starts import default_adapters
 from apiq.params import QuantizeParams
 
@@ -21,5 +22,6 @@ class GptqLora:
     def solve(self, problem: Problem) -> Solution:
         """Quantize all linears of one block, and give them adapters."""
         solution = quantize_in_order(problem, self.params)
+        place(problem.block, solution.linears)
         solution.adapters = default_adapters(problem, self.params)
         return solution

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from apiq.adapters.closed_form import asymmetric, plain, whitened
 from apiq.adapters.configuration import targets
 from apiq.adapters.injection import Adapters
+from apiq.adapters.pooled import Pooling
 from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem
 from apiq.methods.moments import LinAlgError, Moments, damped, in_order, singular
@@ -17,11 +18,17 @@ from apiq.params import QuantizeParams
 
 
 def default_adapters(problem: Problem, params: QuantizeParams) -> dict[str, Tensor]:
-    """The adapters of a block as they start, at which they change nothing; they are left on the block's linears."""
+    """The adapters of a block as they start, at which they change nothing; they are left on the block's linears.
+
+    With `quantize.pooled` these must be packed.
+    """
     linears = shapes(problem.linears())
     if params.adapter == "none" or not targets(params, linears, strict=False):
         return {}
-    return Adapters(problem.block, params, linears, problem.seed, start=True).state()
+    adapters = Adapters(problem.block, params, linears, problem.seed, start=True)
+    if params.pooled:
+        Pooling(problem.block, "quantize.pooled").release()
+    return adapters.state()
 
 
 def given_adapters(factors: Mapping[str, tuple[Tensor, Tensor]], params: QuantizeParams) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from apiq.adapters.pooled import Pooling, is_pooled
 from apiq.blocks.architecture import replace
 from apiq.errors import ApiqError
 from apiq.grids.absmax import rounded
@@ -24,7 +25,8 @@ class Trained:
     def __init__(self, model: Any, scales: bool, adapter_bits: int | None = None):
         """Open the adapters of `model`, which is changed in place, and its `scales`.
 
-        With `adapter_bits` the model computes with adapters that are rounded to so many bits, straight-through.
+        Pooled adapters stay pooled. With `adapter_bits` the model computes with adapters that are rounded to so many
+        bits, straight-through.
 
         Scales that are stored in 8 bits (double quantization) stay as they are.
 
@@ -37,6 +39,8 @@ class Trained:
         self.adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self.adapters:
             parameter.data = parameter.data.float()
+        pools = adapter_bits is None and is_pooled(model)  # few bits have groups of their own
+        self.pooling = Pooling(model, "pooled") if pools else None
         self.rounded: list[nn.Module] = []
         if adapter_bits is not None:
             self._round(adapter_bits)
@@ -61,6 +65,8 @@ class Trained:
 
     def settle(self) -> None:
         """End the training: the adapters are what the model computed with."""
+        if self.pooling is not None:
+            self.pooling.release()
         for module in self.rounded:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         self.rounded = []

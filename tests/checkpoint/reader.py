@@ -11,7 +11,7 @@ from safetensors import safe_open
 def read(folder):
     """The dequantized weight (out, in) of every packed linear, float32, by name."""
     manifest = json.loads((folder / "apiq.json").read_text())
-    assert manifest["format"] <= 3 and manifest["kind"] == "quantized"
+    assert manifest["format"] <= 4 and manifest["kind"] == "quantized"
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -38,7 +38,8 @@ def dequantized(tensors, config, shape):
     if config.get("levels") == "normal-float":
         return s * normal_float_levels(b)[codes]
     z = 2 ** (b - 1) if config["symmetric"] else unpacked(tensors["zeros"], b, group[-1] + 1)[:, group]
-    return s * (codes - z).astype(np.float32)
+    Q = s * (codes - z).astype(np.float32)
+    return Q + tensors["offsets"][:, group] if "offsets" in tensors else Q
 
 
 def unpacked(words, b, count):

@@ -24,7 +24,7 @@ from apiq.params import QuantizeParams
 from apiq.quantization import quantize
 from tests.checkpoint import reader
 
-AFFINE = st.builds(Grid, st.integers(1, 8), st.integers(0, 70), st.booleans())
+AFFINE = st.builds(Grid, st.integers(1, 8), st.integers(0, 70), st.booleans(), st.booleans())
 NORMAL = st.builds(NormalFloat, st.integers(2, 4), st.integers(0, 70), double=st.booleans())
 
 
@@ -38,6 +38,8 @@ def test_a_reader_of_the_page_gives_the_weights_of_every_grid(grid, rows, column
     linear = torch.nn.Linear(columns, rows)
     torch.nn.init.normal_(linear.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
     packed = rounded(linear, grid)
+    if grid.offsets:
+        torch.nn.init.normal_(packed.offsets, std=0.1, generator=torch.Generator().manual_seed(seed))
     tensors = {part: buffer.numpy() for part, buffer in packed.named_buffers()}
     read = reader.dequantized(tensors, described(grid), [rows, columns])
     assert same_bits(packed.dequantized(), read)

@@ -33,7 +33,7 @@ def test_outputs_and_gradients_are_those_of_autograd(grid, rows, monkeypatch):
     scaled, X = ScaledLinear(base), torch.randn(2, 5, 43, requires_grad=True)
     with torch.no_grad():
         scaled.factor.mul_(1 + 0.1 * torch.randn_like(scaled.factor))
-    levels = base.scaled(torch.ones_like(base.scales, dtype=torch.float32))
+    levels = base.levels()
     factor, Y = scaled.factor.detach().clone().requires_grad_(), X.detach().clone().requires_grad_()
     rounded = (base.scales.float() * factor.detach()).half().float()
     s = base.scales.float() * factor
