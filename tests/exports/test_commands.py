@@ -63,6 +63,17 @@ def test_merge_dense_and_back_into_few_bits(command, checkpoint, text, tmp_path)
     assert read_json(tmp_path / "again/apiq.json")["method"] == "rtn"
 
 
+def test_merge_into_zeros(command, checkpoint, tmp_path):
+    folder = checkpoint(method="gptq-lora", bits=2, pooled=True)
+    form = ("merge", folder, "--out", tmp_path / "out", "--into", "zeros")
+    assert command(*form, "--dtype", "float16")[0] == command(*form, "--requantize", "rtn")[0] == 2
+    status, out, err = command(*form, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["linears"] == 14 and result["bits"]["adapters"] == 0
+    assert not (tmp_path / "out/adapter").exists()
+
+
 def test_push_offline_is_refused_in_one_line(command, checkpoint):
     status, _, err = command("push", checkpoint(bits=4), "me/tiny")
     assert status == 1 and "apiq: me/tiny cannot be written on the hub" in err

@@ -19,10 +19,13 @@ def linear(grid, bias=True, width=43):
         return packed(dense, nearest(dense.weight.detach(), grid), grid)
     s, z = scale_and_zero(*extrema(dense.weight.detach(), grid), grid)
     codes = encode(dense.weight.detach(), s, z, grid)
-    return PackedLinear.from_codes(codes, s, z, grid, dense.bias, torch.float32)
+    made = PackedLinear.from_codes(codes, s, z, grid, dense.bias, torch.float32)
+    if grid.offsets:
+        made.offsets.normal_(std=0.1)
+    return made
 
 
-GRIDS = [Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), NormalFloat(4, 16)]
+GRIDS = [Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), Grid(2, 16, False, offsets=True), NormalFloat(4, 16)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -33,13 +36,18 @@ def test_outputs_and_gradients_are_those_of_autograd(grid, rows, monkeypatch):
     scaled, X = ScaledLinear(base), torch.randn(2, 5, 43, requires_grad=True)
     with torch.no_grad():
         scaled.factor.mul_(1 + 0.1 * torch.randn_like(scaled.factor))
+    codes, _, z = base.unpacked()
     levels = base.levels()
+    if type(grid) is Grid:
+        assert torch.equal(levels, codes - z.repeat_interleave(grid.width(43), 1)[:, :43])
     factor, Y = scaled.factor.detach().clone().requires_grad_(), X.detach().clone().requires_grad_()
     rounded = (base.scales.float() * factor.detach()).half().float()
     s = base.scales.float() * factor
     s = s + (rounded - s).detach()
     width = grid.width(43)
     Q = s.repeat_interleave(width, 1)[:, :43] * levels
+    if grid.offsets:
+        Q = Q + base.offsets.repeat_interleave(width, 1)[:, :43]
     expected, found = Y @ Q.t() + base.bias, scaled(X)
     torch.testing.assert_close(found, expected)
     found.square().sum().backward()

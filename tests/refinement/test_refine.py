@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from apiq.adapters.pooled import is_pooled
+from apiq.adapters.pooled import values as pooled_values
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.adapter_file import PACKED
@@ -70,6 +72,18 @@ def test_codes_and_zero_points_stay_and_the_rest_is_trained(make, original, wind
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == (set() if values.get("method") == "qlora" else {"scales"})
     assert {name: value.dtype for name, value in before.items()} == {name: value.dtype for name, value in after.items()}
+
+
+@pytest.mark.parametrize("values", [{}, {"lr_scales": 0.01, "generated": 0}])
+def test_pooled_adapters_stay_pooled(make, original, windows, tmp_path, work, values):
+    folder, out = make(pooled=True), tmp_path / "refined"
+    found = refine(folder, original, windows, settings(**values), out)
+    assert found["loss_last"] < found["loss_first"]
+    before, after = (load_file(each / "adapter/adapter_model.safetensors") for each in (folder, out))
+    for name, A in after.items():
+        assert not torch.equal(A, before[name])
+        assert "lora_A" not in name or pooled_values(A, 16) is not None
+    assert is_pooled(load(out, device="cpu").model) and not is_pooled(load(make(), device="cpu").model)
 
 
 def test_stopped_and_taken_up_it_ends_in_the_same_bytes(make, original, windows, tmp_path, work):
