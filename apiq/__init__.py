@@ -20,12 +20,24 @@ if TYPE_CHECKING:
     from apiq.exports.hub import push_to_hub
     from apiq.exports.merge import merge
     from apiq.exports.run import export
+    from apiq.exports.zeros import merge_into_zeros
     from apiq.finetuning.run import finetune
     from apiq.quantization import quantize
     from apiq.reporting.page import report
 
 __version__ = "0.1.0"
-__all__ = ["ApiqError", "evaluate", "export", "finetune", "load", "merge", "push_to_hub", "quantize", "report"]
+__all__ = [
+    "ApiqError",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "merge",
+    "merge_into_zeros",
+    "push_to_hub",
+    "quantize",
+    "report",
+]
 
 _CALLS = {
     "quantize": "apiq.quantization",
@@ -34,6 +46,7 @@ _CALLS = {
     "export": "apiq.exports.run",
     "report": "apiq.reporting.page",
     "merge": "apiq.exports.merge",
+    "merge_into_zeros": "apiq.exports.zeros",
     "push_to_hub": "apiq.exports.hub",
     "load": "apiq.checkpoint.loading",
 }
