@@ -37,8 +37,8 @@ class QuantizeParams(Section):
     """How the codes, clipping ranges and adapters are found (sections 4.1 to 4.3 of the paper)."""
 
     recipe: Recipe = "best"
-    """Where ranges, epochs, batch_size, shuffle, schedule, learning rates and decays come from when they are left open:
-    paper (Table A.1), best, or fast (`apiq/recipes.py`)."""
+    """Where ranges, start, epochs, batch_size, shuffle, schedule, learning rates and decays come from when they are
+    left open: paper (Table A.1), best, or fast (`apiq/recipes.py`)."""
     method: Method = "apiq-bw"
     """Without adapters: rtn (round to nearest), gptq, awq, omniquant. With adapters that start at zero: qlora,
     gptq-lora. Weight-preserving: loftq, lq-lora. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
@@ -78,7 +78,8 @@ class QuantizeParams(Section):
     """Start of the clipping ranges in apiq-lw and apiq-bw: the whole range of a group as in the paper, or the one
     found by search that costs the weight, or the output on calibration, least."""
     start: Literal["default", "closed-form"] = "default"
-    """Start of A and B in apiq-lw and apiq-bw: A at random and B = 0, or the best ones for the unfitted codes."""
+    """Start of A and B in apiq-lw and apiq-bw: A at random and B = 0, or the best ones for the unfitted codes, found on
+    as many windows as their second moments need."""
     epochs: Annotated[int, Field(ge=0)] = 20
     """Passes over the calibration windows for each block (or layer)."""
     batch_size: Positive = 1

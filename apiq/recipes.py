@@ -1,8 +1,8 @@
 """Named settings of the two phases that fit a model, for the keys that are left open.
 
 `paper` are the settings of the ApiQ paper (arXiv 2402.05147, Table A.1), which has no refinement; `best` gives the
-least loss that was measured here; `fast` passes once over the windows, at twice the rate, and has no refinement
-(docs/quality.md).
+least loss that was measured here; `fast` starts A and B at the closed form, passes once over the windows, at twice the
+rate, and has no refinement (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ Recipe = Literal["paper", "best", "fast"]
 PAPER: dict[str, dict[str, Any]] = {
     "quantize": {
         "ranges": "whole",
+        "start": "default",
         "epochs": 20,
         "batch_size": 1,
         "shuffle": False,
@@ -29,6 +30,7 @@ PAPER: dict[str, dict[str, Any]] = {
 BEST: dict[str, dict[str, Any]] = {
     "quantize": {
         "ranges": "output",
+        "start": "default",
         "epochs": 5,
         "batch_size": 1,
         "shuffle": True,
@@ -41,14 +43,24 @@ BEST: dict[str, dict[str, Any]] = {
     "refine": {"epochs": 2, "generated": 8},
 }
 FAST: dict[str, dict[str, Any]] = {
-    "quantize": {**BEST["quantize"], "ranges": "weight", "epochs": 1, "lr_adapter": 0.004},
+    "quantize": {**BEST["quantize"], "ranges": "weight", "start": "closed-form", "epochs": 1, "lr_adapter": 0.004},
     "refine": {"epochs": 0, "generated": 0},
 }
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {"paper": PAPER, "best": BEST, "fast": FAST}
 
 
 def filled(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section with those of its recipe for the keys that are missing or empty."""
+    """The values of a section with those of its recipe for the keys that are missing or empty.
+
+    A closed form is known for plain LoRA alone; other adapters start where they start by themselves.
+    """
     recipe = RECIPES.get(str(values.get("recipe") or "best"), {}).get(section, {})
     open_keys = {key: value for key, value in recipe.items() if values.get(key) is None}
+    if "start" in open_keys and not _has_plain_lora(values):
+        open_keys["start"] = "default"
     return {**values, **open_keys}
+
+
+def _has_plain_lora(values: Mapping[str, Any]) -> bool:
+    lora = values.get("adapter") in (None, "lora")
+    return lora and not values.get("adapter_options") and not values.get("pooled")

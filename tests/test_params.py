@@ -50,6 +50,20 @@ def test_the_recipe_paper_has_the_numbers_of_the_paper() -> None:
     assert finetune.batch_size * finetune.accumulation == 64
 
 
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({}, "closed-form"),
+        ({"adapter": "lora", "start": "default"}, "default"),
+        ({"adapter": "dora"}, "default"),
+        ({"adapter_options": {"use_dora": True}}, "default"),
+        ({"pooled": True}, "default"),
+    ],
+)
+def test_fast_starts_plain_lora_at_the_closed_form_and_others_where_they_do(given: dict, start: str) -> None:
+    assert parse({"quantize": {"recipe": "fast", **given}}).quantize.start == start
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fills_what_is_left_open_and_nothing_else(recipe: str) -> None:
     known = RECIPES[recipe]

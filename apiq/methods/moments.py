@@ -45,13 +45,18 @@ class Fed:
 
 
 def in_order(
-    problem: Problem, batch_size: int, paired: bool = False, originals: Mapping[str, nn.Linear] | None = None
+    problem: Problem,
+    batch_size: int,
+    paired: bool = False,
+    originals: Mapping[str, nn.Linear] | None = None,
+    windows: int | None = None,
 ) -> Iterator[Fed]:
     """The linears in the order in which they are called, with the moments of what reaches them.
 
     The moments are taken when a linear's turn comes, from the block as the caller has left it: what the
     caller put in the place of the earlier linears (see `settle`) decides Xq. `originals` are the
-    full-precision linears where the block has others in their place already.
+    full-precision linears where the block has others in their place already; `windows` how many of the first windows
+    are looked at, if not all.
     """
     originals = originals or problem.linears()
     current = {name: problem.block.get_submodule(name) for name in originals}
@@ -59,16 +64,21 @@ def in_order(
     order = input_order(problem, originals)
     place(problem.block, current)
     for names in order:
-        found = moments(problem, originals, names[0], batch_size, paired)
+        found = moments(problem, originals, names[0], batch_size, paired, windows)
         for name in names:
             yield Fed(name, originals[name], found)
 
 
 @torch.no_grad()
 def moments(
-    problem: Problem, originals: Mapping[str, nn.Module], name: str, batch_size: int, paired: bool = False
+    problem: Problem,
+    originals: Mapping[str, nn.Module],
+    name: str,
+    batch_size: int,
+    paired: bool = False,
+    windows: int | None = None,
 ) -> Moments:
-    """The moments of what the linear `name` is fed by the block as it stands.
+    """The moments of what the linear `name` is fed by the block as it stands, in the first windows or in all.
 
     With `paired` X is what it is fed in the full-precision block, with `originals` in place, on the
     full-precision input. An expert gets tokens by a choice that the two blocks make differently; there
@@ -97,7 +107,8 @@ def moments(
         for key, value in found.items():
             sums[key] = sums[key] + value
 
-    in_parts(len(hidden), at_once(hidden, batch_size), add, f"a forward pass of block {problem.index}")
+    count = min(len(hidden), windows or len(hidden))
+    in_parts(count, at_once(hidden, batch_size), add, f"a forward pass of block {problem.index}")
     G, M, magnitude, tokens = (parallel.add(value) for value in sums.values())
     return Moments(*(value / tokens.clamp(min=1) for value in (G, M, magnitude)), reached=bool(tokens))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from apiq import parallel
 from apiq.adapters.closed_form import asymmetric, plain, whitened
 from apiq.adapters.configuration import targets
 from apiq.adapters.injection import Adapters
@@ -15,6 +17,9 @@ from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem
 from apiq.methods.moments import LinAlgError, Moments, damped, in_order, singular
 from apiq.params import QuantizeParams
+
+TOKENS = 16
+"""Tokens for each input of the widest linear from which a start at the closed form takes its moments."""
 
 
 def default_adapters(problem: Problem, params: QuantizeParams) -> dict[str, Tensor]:
@@ -50,25 +55,35 @@ def start_at_closed_form(
 ) -> None:
     """Set the adapters of the block to the best ones for the present codes, linear by linear in input order.
 
-    `originals` are the full-precision linears, `quantized` the ones below the adapters, whose weight is Q.
+    `originals` are the full-precision linears, `quantized` the ones below the adapters, whose weight is Q. Only as many
+    windows are looked at as hold TOKENS tokens for each input of the widest linear, and the singular vectors are
+    found by a randomized method: what follows is a descent.
 
     Raises:
         ApiqError: the moments of an input cannot be inverted.
     """
     carriers = targets(params, shapes(originals), strict=False)
-    for fed in in_order(problem, params.batch_size, params.closed_form.objective == "asymmetric", originals):
+    paired, windows = params.closed_form.objective == "asymmetric", _windows(problem, originals)
+    for fed in in_order(problem, params.batch_size, paired, originals, windows):
         if fed.name not in carriers:
             continue
         W, Q = fed.linear.weight.detach().float(), quantized[fed.name].weight.detach().float()
         try:
-            factors = best(W, Q, fed.moments, params)
+            factors = best(W, Q, fed.moments, params, exact=False)
         except LinAlgError:
             raise singular(problem, fed.name, "quantize.closed_form.damping") from None
         adapters.load({**adapters.state(), **given_adapters({fed.name: factors}, params)})
 
 
+def _windows(problem: Problem, linears: Mapping[str, nn.Linear]) -> int:
+    """How many windows of this process hold its share of the tokens."""
+    assert problem.X is not None
+    widest = max(linear.in_features for linear in linears.values())
+    return math.ceil(TOKENS * widest / problem.X.rows.shape[1] / parallel.size())
+
+
 @torch.no_grad()
-def best(W: Tensor, Q: Tensor, moments: Moments, params: QuantizeParams) -> tuple[Tensor, Tensor]:
+def best(W: Tensor, Q: Tensor, moments: Moments, params: QuantizeParams, exact: bool = True) -> tuple[Tensor, Tensor]:
     """A (in, r) and B (out, r) that the parameters ask for, for W and Q (out, in).
 
     Raises:
@@ -76,8 +91,8 @@ def best(W: Tensor, Q: Tensor, moments: Moments, params: QuantizeParams) -> tupl
     """
     objective, damping = params.closed_form.objective, params.closed_form.damping
     if objective == "plain":
-        return plain(W, Q, params.rank)
+        return plain(W, Q, params.rank, exact)
     G = damped(moments.G, damping)
     if objective == "whitened":
-        return whitened(W, Q, G, params.rank)
-    return asymmetric(W, Q, G, moments.M + G - moments.G, params.rank)
+        return whitened(W, Q, G, params.rank, exact)
+    return asymmetric(W, Q, G, moments.M + G - moments.G, params.rank, exact)

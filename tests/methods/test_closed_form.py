@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from apiq.adapters.closed_form import asymmetric
+from apiq.adapters.injection import Adapters
+from apiq.adapters.targets import shapes
 from apiq.blocks.walk import deploy
 from apiq.errors import ApiqError
 from apiq.methods import build, starts
@@ -75,12 +77,27 @@ def test_as_a_start_it_is_better_than_zero(problem, method):
 def test_the_start_of_apiq_is_the_closed_form_for_its_codes(problem, monkeypatch):
     asked = []
     best = starts.best
-    monkeypatch.setattr(starts, "best", lambda W, Q, *rest: asked.append((W, Q)) or best(W, Q, *rest))
+    monkeypatch.setattr(starts, "best", lambda W, Q, *rest, **how: asked.append((W, Q)) or best(W, Q, *rest, **how))
     solution, _ = solved(problem, method="apiq-bw", start="closed-form", epochs=0)
     assert len(asked) == len(solution.linears) == 7
     for name, (W, Q) in zip(problem.linears(), asked, strict=True):
         assert torch.equal(W, problem.block.get_submodule(name).weight)
         assert torch.equal(Q, solution.linears[name].dequantized())
+
+
+def test_a_start_looks_at_as_many_windows_as_the_widest_linear_needs(problem, monkeypatch):
+    looked_at = []
+    run = problem.run
+    monkeypatch.setattr(
+        problem, "run", lambda rows, batch, **how: looked_at.append(batch.stop) or run(rows, batch, **how)
+    )
+    for tokens, windows in ((1, 4), (2, 6)):  # 48 inputs, windows of 12 tokens, of which there are 6
+        looked_at.clear()
+        monkeypatch.setattr(starts, "TOKENS", tokens)
+        originals, params = problem.linears(), settings(start="closed-form", rank=2)
+        adapters = Adapters(copy.deepcopy(problem.block), params, shapes(originals), 0, start=True)
+        starts.start_at_closed_form(problem, adapters, originals, originals, params)
+        assert max(looked_at) == windows
 
 
 def test_inputs_that_cannot_be_inverted_are_refused_with_what_to_change(problem, monkeypatch):

@@ -26,6 +26,12 @@ def test_they_are_means_over_all_tokens(problem, name, batch_size):
     torch.testing.assert_close(found.magnitude, Xq.abs().mean(0))
 
 
+def test_they_can_be_those_of_the_first_windows(problem):
+    first = tokens_of(problem, problem.Xq, "self_attn.q_proj")[:2].flatten(0, 1)
+    found = moments(problem, problem.linears(), "self_attn.q_proj", 4, windows=2)
+    torch.testing.assert_close(found.G, first.t() @ first / len(first))
+
+
 def test_padding_does_not_count(problem):
     problem.counted = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     name = "mlp.up_proj"
