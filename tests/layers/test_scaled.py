@@ -22,7 +22,7 @@ def linear(grid, bias=True, width=43):
     return PackedLinear.from_codes(codes, s, z, grid, dense.bias, torch.float32)
 
 
-GRIDS = [Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), NormalFloat(4, 16)]
+GRIDS = [Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), Grid(1, 7, "balanced"), NormalFloat(4, 16)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
