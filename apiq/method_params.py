@@ -13,6 +13,7 @@ Method = Literal[
 ]
 Bits = Annotated[int, Field(ge=1, le=8)]
 GroupSize = Annotated[int, Field(ge=0)]
+Symmetry = Literal[False, True, "balanced"]
 WITHOUT_ADAPTERS = frozenset({"rtn", "gptq", "awq", "omniquant"})
 """Methods that leave nothing to finetune."""
 WITHOUT_CALIBRATION = frozenset({"rtn", "qlora", "loftq", "lq-lora"})

@@ -24,7 +24,7 @@ def combinations(params: QuantizeParams) -> None:
         require(low <= params.bits <= high, "bits", params.bits, f"{low} to {high} for {levels}")
         require(not params.symmetric, "symmetric", params.symmetric, f"false for {levels}, which has no zero points")
     if params.target_bits is not None:
-        low, high = NORMAL_FLOAT_BITS if params.normal_float else (2 if params.symmetric else 1, 8)
+        low, high = NORMAL_FLOAT_BITS if params.normal_float else (2 if params.symmetric is True else 1, 8)
         asked = params.candidate_bits
         fits = all(low <= bits <= high for bits in asked)
         require(fits, "candidate_bits", asked, f"{low} to {high} for these levels")

@@ -20,6 +20,7 @@ from apiq.method_params import (
     Method,
     OmniquantParams,
     QloraParams,
+    Symmetry,
 )
 from apiq.method_rules import combinations
 from apiq.recipes import Recipe, filled
@@ -57,8 +58,9 @@ class QuantizeParams(Section):
     sensitivity: Literal["fisher", "none"] = "fisher"
     """What an error of a weight counts where target_bits are divided: its Fisher information, from gradients of the
     whole model on the calibration windows, or the same everywhere."""
-    symmetric: bool = False
-    """Fixed zero point 2^(b-1) instead of a learned one."""
+    symmetric: Symmetry = False
+    """Fixed zero point instead of one a group: true is 2^(b-1); balanced (-S quantize.symmetric=balanced) is
+    (2^b - 1) / 2, with as many levels below 0 as above and none at 0."""
     rank: Positive = 64
     """Rank r of the adapters A (in x r) and B (out x r), or what sets the size of another kind of adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -168,7 +170,8 @@ class QuantizeParams(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> QuantizeParams:
-        require(not (self.symmetric and self.bits == 1), "bits", self.bits, "at least 2 when symmetric is true")
+        two = self.symmetric is True and self.bits == 1
+        require(not two, "bits", self.bits, "at least 2 when symmetric is true; 1 bit can be balanced")
         require(not self.patience or self.held_out > 0, "patience", self.patience, "0 when held_out is 0")
         combinations(self)
         return self

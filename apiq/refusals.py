@@ -67,7 +67,7 @@ def _allowed(error: Any, field: FieldInfo | None) -> str:
     if kind == "string_pattern_mismatch":
         return _PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
     if kind == "literal_error":
-        return context["expected"].replace("'", "")
+        return context["expected"].translate({ord("'"): None}).replace("False, True", "false, true")
     if kind in _BOUNDS and field is not None:
         return _range(field)
     return error["msg"].removeprefix("Input should be ")

@@ -118,7 +118,11 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
             "quantize.gptq.damping is 0; it should be more than",
         ),
         ({"quantize": {"method": "qlora", "symmetric": True}}, "quantize.symmetric is True; it should be false for"),
-        ({"quantize": {"symmetric": "yes"}}, "quantize.symmetric is 'yes'; it should be true or false."),
+        ({"quantize": {"symmetric": "yes"}}, "quantize.symmetric is 'yes'; it should be false, true or balanced."),
+        (
+            {"quantize": {"method": "qlora", "symmetric": "balanced"}},
+            "quantize.symmetric is 'balanced'; it should be false for",
+        ),
         ({"quantize": {"bits": 1, "symmetric": True}}, "quantize.bits is 1; it should be at least 2 when symmetric"),
         ({"quantize": None}, "quantize is empty; it should be a section of key: value lines."),
         ({"quantize": {"bit": 3}}, "quantize.bit is not a parameter; did you mean bits?"),

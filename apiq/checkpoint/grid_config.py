@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
 from apiq.grids.normal_float import NormalFloat
 
@@ -22,10 +23,16 @@ def described(grid: Grid) -> dict[str, Any]:
 
 
 def grid_of(config: Mapping[str, Any]) -> Grid:
-    """The grid of all linears but the exceptions; without `levels`, as in format 1, it is an affine one."""
+    """The grid of all linears but the exceptions; without `levels`, as in format 1, it is an affine one.
+
+    Raises:
+        ApiqError: its symmetry is none that is known.
+    """
     bits, group_size = config["bits"], config["group_size"]
     if config.get("levels") == "normal-float":
         return NormalFloat(bits, group_size, double=config["double_quantization"])
+    if config["symmetric"] not in (False, True, "balanced"):
+        raise ApiqError(f"symmetric in config.json is {config['symmetric']!r}; it should be false, true or balanced.")
     return Grid(bits, group_size, config["symmetric"], config.get("offsets", False))
 
 

@@ -10,8 +10,9 @@ from apiq.files import read_json, sha256, sha256_folder, write_json
 
 NAME = "apiq.json"
 FORMAT = 4
-"""Version of the format; 2 brought other grids than the affine one, 3 grids by linear, 4 offsets. Older ones can be
-read."""
+"""Version of the format; 2 brought other grids than the affine one, 3 grids by linear, 4 the balanced grid and offsets.
+
+Older ones can be read."""
 UNGUARDED = (NAME, "README.md", ".gitignore", ".gitattributes")
 """Files that may come and go beside a checkpoint."""
 

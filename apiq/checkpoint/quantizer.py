@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -28,7 +28,7 @@ class ApiqConfig(QuantizationConfigMixin):
         self,
         bits: int,
         group_size: int,
-        symmetric: bool,
+        symmetric: bool | Literal["balanced"],
         blocks: str,
         linears: list[str],
         levels: str = "uniform",

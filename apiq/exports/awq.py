@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from apiq.errors import ApiqError
-from apiq.exports.rules import common_group_size, one_grid, require_bits, require_uniform, require_whole_words
+from apiq.exports.rules import (
+    common_group_size,
+    one_grid,
+    require_bits,
+    require_uniform,
+    require_whole_words,
+    require_whole_zeros,
+)
 from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.grids.packing import pack
@@ -26,6 +33,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
         ApiqError: what the layout does not hold.
     """
     require_uniform(source, NAME)
+    require_whole_zeros(source, NAME)
     require_bits(one_grid(source, NAME), NAME, (4,))
     common_group_size(source, NAME, one_grid(source, NAME))
     require_whole_words(source, NAME, inputs=1, outputs=8)

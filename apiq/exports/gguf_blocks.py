@@ -1,7 +1,8 @@
 """Blocks of 32 weights of GGUF that hold our codes exactly: Q = d q with a float16 d and whole numbers q.
 
-With c - z for q and s for d that is our grid. ggml (MIT licence) defines the layouts: d, then for Q5_0 the
-fifth bits, then the low nibbles of weights 0 .. 15 with those of 16 .. 31 above them; Q8_0 holds bytes.
+With c - z for q and s for d that is our grid, and with 2 (c - z) and s / 2 the balanced one. ggml (MIT licence)
+defines the layouts: d, then for Q5_0 the fifth bits, then the low nibbles of weights 0 .. 15 with those of 16 .. 31
+above them; Q8_0 holds bytes.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ HALF_RANGES = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
 
 
 def fitting(grid: Grid) -> str | None:
-    """The smallest type that holds every c - z of `grid`, or None."""
-    low, high = (-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) if grid.symmetric else (-grid.top, grid.top)
+    """The smallest type that holds every q of `grid`, or None."""
+    whole = grid.symmetric and not grid.balanced
+    low, high = (-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1) if whole else (-grid.top, grid.top)
     return next((name for name, half in HALF_RANGES.items() if -half <= low and high < half), None)
 
 
-def blocks(codes: Tensor, s: Tensor, z: Tensor, width: int, kind: str) -> np.ndarray:
+def blocks(codes: Tensor, s: Tensor, z: Tensor, grid: Grid, kind: str) -> np.ndarray:
     """The bytes of the rows, uint8 (out, in / 32 x bytes of a block).
 
     Args:
         codes: (out, in), with `in` a multiple of 32.
-        s: scales (out, G), each a float16 number.
+        s: scales (out, G), each a float16 number, of a balanced grid each twice a float16 number.
         z: zero points (out, G).
-        width: weights in a group, a multiple of 32.
+        grid: their grid, whose width is a multiple of 32.
         kind: a key of `HALF_RANGES`.
     """
-    rows = len(codes)
-    q = codes.to(torch.int16).reshape(rows, -1, width) - z.to(torch.int16).unsqueeze(-1)
+    rows, width, parts = len(codes), grid.width(codes.shape[1]), 1 + grid.balanced
+    q = parts * codes.to(torch.int16).reshape(rows, -1, width) - (parts * z).to(torch.int16).unsqueeze(-1)
     q = q.reshape(rows, -1, BLOCK).numpy()
-    d = s.repeat_interleave(width // BLOCK, 1).to(torch.float16).unsqueeze(-1).numpy().view(np.uint8)
+    d = (s / parts).repeat_interleave(width // BLOCK, 1).to(torch.float16).unsqueeze(-1).numpy().view(np.uint8)
     if kind == "Q8_0":
         parts = [d, q.astype(np.int8).view(np.uint8)]
     else:

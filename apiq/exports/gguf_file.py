@@ -52,6 +52,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
                 f"the blocks of GGUF have 32 inputs: {name} has {in_features} inputs and groups of "
                 f"{grid.width(in_features)}; quantize with a quantize.group_size that is a multiple of 32."
             )
+    _check_scales(source)
     _check_model(source)
     check_vocabulary(source.folder)
     if source.adapter is not None:
@@ -83,6 +84,21 @@ def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
 
 def _architecture(source: Source) -> str:
     return ARCHITECTURES[source.config["architectures"][0]]
+
+
+def _check_scales(source: Source) -> None:
+    """Refuse scales of a balanced grid of which float16 does not hold the half, the smallest it has."""
+    if not any(grid.balanced for grid in source.grids.values()):
+        return
+    for _, _, linears in source.files():
+        for linear in linears:
+            scales = linear.packed.scales
+            if linear.grid.balanced and not torch.equal(scales / 2 * 2, scales):
+                raise ApiqError(
+                    f"GGUF keeps half of each scale of quantize.symmetric: balanced in float16, in which that of "
+                    f"{linear.name} underflows; quantize with quantize.symmetric: true or false, or export with "
+                    "--format dense."
+                )
 
 
 def _check_model(source: Source) -> None:
@@ -122,7 +138,7 @@ def _add_linear(writer: Any, name: str, linear: Linear, config: Any, architectur
     kind = fitting(linear.grid)
     assert kind is not None
     codes, s, z = (_permuted(part, linear.name, config, architecture) for part in linear.parts)
-    data = blocks(codes, s, z, linear.grid.width(linear.packed.in_features), kind)
+    data = blocks(codes, s, z, linear.grid, kind)
     writer.add_tensor(name, data, raw_dtype=getattr(gguf.GGMLQuantizationType, kind))
 
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from apiq.errors import ApiqError
-from apiq.exports.rules import common_group_size, one_grid, require_bits, require_uniform, require_whole_words
+from apiq.exports.rules import (
+    common_group_size,
+    one_grid,
+    require_bits,
+    require_uniform,
+    require_whole_words,
+    require_whole_zeros,
+)
 from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.files import write_json
@@ -27,6 +34,7 @@ def check_v1(source: Source, dtype: torch.dtype) -> None:
         ApiqError: what the layout or its engines do not hold.
     """
     require_uniform(source, "GPTQ v1")
+    require_whole_zeros(source, "GPTQ v1")
     require_bits(one_grid(source, "GPTQ v1"), "GPTQ v1", (4, 8))
     if not one_grid(source, "GPTQ v1").symmetric:
         raise ApiqError(
@@ -43,6 +51,7 @@ def check_v2(source: Source, dtype: torch.dtype) -> None:
         ApiqError: what the layout does not hold.
     """
     require_uniform(source, "GPTQ v2")
+    require_whole_zeros(source, "GPTQ v2")
     require_bits(one_grid(source, "GPTQ v2"), "GPTQ v2", (2, 3, 4, 8))
     _check(source, "GPTQ v2", dtype)
 

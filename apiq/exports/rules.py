@@ -27,6 +27,19 @@ def require_uniform(source: Source, format: str) -> None:
             )
 
 
+def require_whole_zeros(source: Source, format: str) -> None:
+    """Refuse zero points halfway between two whole numbers.
+
+    Raises:
+        ApiqError: the grid of a linear is balanced.
+    """
+    if any(grid.balanced for grid in source.grids.values()):
+        raise ApiqError(
+            f"{format} has whole zero points only, and those of quantize.symmetric: balanced are none; quantize with "
+            "quantize.symmetric: true or false, or export with --format dense."
+        )
+
+
 def one_grid(source: Source, format: str) -> Grid:
     """The grid that all linears share.
 

@@ -2,12 +2,16 @@
 
 Letters as in the paper: W (out, in) a weight, s (out, G) scales, z (out, G) zero points, g the
 group size, G = ceil(in / g) groups a row, b bits, codes in 0 .. 2^b - 1, Q = s (codes - z).
+
+On the balanced grid, SEQ of ParetoQ (arXiv 2502.02631), z = (2^b - 1) / 2 lies halfway between two whole numbers: the
+levels are +-s/2, +-3s/2, ..., as many on either side of 0, and 0 is none of them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +33,8 @@ class Grid:
     """Bits of a code, b."""
     group_size: int
     """Consecutive inputs that share a scale, g; 0 for one group a row. The last group may be shorter."""
-    symmetric: bool
-    """Fixed zero point 2^(b-1) instead of one per group."""
+    symmetric: bool | Literal["balanced"]
+    """Fixed zero point instead of one per group: 2^(b-1), or (2^b - 1) / 2 where it is balanced."""
     offsets: bool = False
     """A float32 number o for each group besides, Q = s (codes - z) + o: what a pooled adapter was merged into."""
 
@@ -38,6 +42,21 @@ class Grid:
     def top(self) -> int:
         """The largest code, 2^b - 1."""
         return 2**self.bits - 1
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the levels are odd multiples of s / 2."""
+        return self.symmetric == "balanced"
+
+    @property
+    def zero(self) -> float:
+        """The fixed zero point of a symmetric grid."""
+        return self.top / 2 if self.balanced else 2.0 ** (self.bits - 1)
+
+    @property
+    def steps(self) -> int:
+        """Steps s in a range: between its outermost levels or, balanced, between the bounds of their cells."""
+        return self.top + self.balanced
 
     def width(self, in_features: int) -> int:
         """The group size in use for a row of `in_features` weights."""
@@ -79,11 +98,12 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
 
     Asymmetric (section 4.3): s = (high - low) / (2^b - 1), z = round(-low / s) within 0 .. 2^b - 1.
     Symmetric: s = 2 max(|low|, |high|) / (2^b - 1), z = 2^(b-1), the zero point that symmetric
-    kernels assume. s is rounded to float16 with a straight-through gradient; z carries none.
+    kernels assume. Balanced: s = 2 max(|low|, |high|) / 2^b, so that 2^b cells of one width fill the range, each with
+    its level in the middle. s is rounded to float16 with a straight-through gradient; z carries none.
     """
     if grid.symmetric:
-        s = _storable(2 * torch.maximum(high, -low) / grid.top)
-        return s, torch.full_like(s, 2.0 ** (grid.bits - 1)).detach()
+        s = _storable(2 * torch.maximum(high, -low) / grid.steps)
+        return s, torch.full_like(s, grid.zero).detach()
     s = _storable((high - low) / grid.top)
     return s, (-low / s).detach().round().clamp(0, grid.top)
 
@@ -103,7 +123,7 @@ def clipped_gradient(
     upper, lower = torch.sigmoid(gamma), torch.sigmoid(beta)
     top, bottom = upper * high, lower * low
     if grid.symmetric:
-        for_reach = _within(2 * torch.maximum(top, -bottom) / grid.top, for_s).mul_(2 / grid.top)
+        for_reach = _within(2 * torch.maximum(top, -bottom) / grid.steps, for_s).mul_(2 / grid.steps)
         share = (top + bottom).sign_().add_(1).div_(2)  # the larger bound has it all, in a tie each half
         return for_reach * share * top * (1 - upper), for_reach * (share - 1) * bottom * (1 - lower)
     for_span = _within((top - bottom) / grid.top, for_s).div_(grid.top)
@@ -121,8 +141,9 @@ def _storable(s: Tensor) -> Tensor:
 
 
 def encode(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
-    """Codes clamp(round(W / s) + z, 0, 2^b - 1) as uint8 (out, in) (equation 1)."""
-    codes = _codes(grouped(W, grid), s, z, grid)
+    """Codes clamp(round(W / s) + z, 0, 2^b - 1) as uint8 (out, in) (equation 1); see `sweeps.unclamped`."""
+    ratio = grouped(W.detach(), grid) / s.detach().unsqueeze(-1)
+    codes = sweeps.unclamped(ratio, z.unsqueeze(-1), grid.balanced, out=ratio).clamp_(0, grid.top)
     return ungrouped(codes.to(torch.uint8), W.shape[1])
 
 
@@ -136,14 +157,10 @@ def decode(codes: Tensor, s: Tensor, z: Tensor, grid: Grid, o: Tensor | None = N
 def fake_quantize(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
     """Q = decode(encode(W)), (out, in), float32, with gradients for s and W through the rounding.
 
-    Straight-through (Bengio et al., arXiv 1308.3432): inside the range dQ/ds = round(W/s) - W/s and
-    dQ/dW = 1; where the code is clamped dQ/ds = codes - z and dQ/dW = 0.
+    Straight-through (Bengio et al., arXiv 1308.3432): dQ/ds = codes - z - W/s and dQ/dW = 1 inside the range;
+    where the code is clamped dQ/ds = codes - z and dQ/dW = 0.
     """
     return _FakeQuantize.apply(W, s, z, grid)
-
-
-def _codes(groups: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
-    return (groups / s.unsqueeze(-1)).round_().add_(z.unsqueeze(-1)).clamp_(0, grid.top)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -153,14 +170,16 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(W, s, z)
         ctx.grid = grid
-        return sweeps.dequantized(W, s, z, grid.top, grid.width(W.shape[1]), torch.float32)
+        return sweeps.dequantized(W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]), torch.float32)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         W, s, z = ctx.saved_tensors
-        top, width = ctx.grid.top, ctx.grid.width(W.shape[1])
+        grid: Grid = ctx.grid
         for_weight = None
         if ctx.needs_input_grad[0]:
-            free = (grouped(W, ctx.grid) / s.unsqueeze(-1)).round_().add_(z.unsqueeze(-1))
-            for_weight = grad * ungrouped(free == free.clamp(0, top), W.shape[1])
-        return for_weight, sweeps.scale_gradient(grad, W, s, z, top, width), None, None
+            ratio = grouped(W, grid) / s.unsqueeze(-1)
+            free = sweeps.unclamped(ratio, z.unsqueeze(-1), grid.balanced, out=ratio)
+            for_weight = grad * ungrouped(free == free.clamp(0, grid.top), W.shape[1])
+        for_scale = sweeps.scale_gradient(grad, W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]))
+        return for_weight, for_scale, None, None

@@ -3,7 +3,8 @@
     r(u) = k + 1/2 + tanh((u - k - 1/2) / t) / (2 tanh(1 / (2 t))),    k = floor(u)
 
 At a high temperature t it is u, at a low one it is rounding to nearest, and the gradient is its own. Only at t = 0,
-where that is 0 almost everywhere, is the gradient straight-through.
+where that is 0 almost everywhere, is the gradient straight-through. The stairs of the balanced grid rise at whole u:
+there round(u) stands for k + 1/2.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def soft_quantize(W: Tensor, s: Tensor, z: Tensor, grid: Grid, temperature: floa
     return _SoftQuantize.apply(W, s, z, grid, temperature)
 
 
-def staircase(u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def staircase(u: Tensor, temperature: float, balanced: bool = False) -> tuple[Tensor, Tensor]:
     """r(u) and r'(u), in the shape of u."""
     height = 2 * math.tanh(1 / (2 * temperature))
-    middle = u.floor() + 0.5
+    middle = u.round() if balanced else u.floor() + 0.5
     slope = ((u - middle) / temperature).tanh()
     return middle + slope / height, (1 - slope.square()) / (temperature * height)
 
@@ -45,7 +46,7 @@ class _SoftQuantize(torch.autograd.Function):
         ctx.grid, ctx.temperature = grid, temperature
         Q = torch.empty_like(W, dtype=torch.promote_types(W.dtype, torch.float32))
         for target, weight, scale, zero in sweeps.pieces(grid.width(W.shape[1]), (Q, W), (s, z)):
-            steps, _ = staircase(weight / scale, temperature)
+            steps, _ = staircase(weight / scale, temperature, grid.balanced)
             target.copy_((steps + zero).clamp_(0, grid.top).sub_(zero).mul_(scale))
         return Q
 
@@ -56,7 +57,7 @@ class _SoftQuantize(torch.autograd.Function):
         pieces = sweeps.pieces(ctx.grid.width(W.shape[1]), (grad, W, for_weight), (for_scale, s, z))
         for upstream, weight, weight_target, scale_target, scale, zero in pieces:
             ratio = weight / scale
-            steps, rise = staircase(ratio, ctx.temperature)
+            steps, rise = staircase(ratio, ctx.temperature, ctx.grid.balanced)
             free = steps + zero
             codes = free.clamp(0, ctx.grid.top)
             rise *= free == codes

@@ -23,27 +23,38 @@ PIECE_GPU = 2**24
 """Elements of a piece elsewhere, where nothing is compiled: 64 MB in float32."""
 
 
-def dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, width: int, dtype: torch.dtype) -> Tensor:
+def dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int, dtype: torch.dtype) -> Tensor:
     """Q = s (clamp(round(W / s) + z, 0, top) - z), (out, in), computed in float32, in `dtype`; no gradients."""
     Q = torch.empty_like(W, dtype=dtype)
     compiled, in_place = _compiles(W), dtype == torch.float32
     for target, weight, scale, zero in pieces(width, (Q, W), (s, z)):
         if compiled:
-            target.copy_(_compiled(_dequantized)(weight, scale, zero, top))
+            target.copy_(_compiled(_dequantized)(weight, scale, zero, top, balanced))
         elif in_place:
-            _dequantized(weight, scale, zero, top, out=target)
+            _dequantized(weight, scale, zero, top, balanced, out=target)
         else:
-            target.copy_(_dequantized(weight, scale, zero, top))
+            target.copy_(_dequantized(weight, scale, zero, top, balanced))
     return Q
 
 
-def scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, width: int) -> Tensor:
+def scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int) -> Tensor:
     """The gradient of s, (out, G) float32, from that of Q, (out, in): the sum over each group of grad dQ/ds."""
     result = torch.empty_like(s)
     compute = _compiled(_scale_gradient) if _compiles(W) else _scale_gradient
     for upstream, weight, target, scale, zero in pieces(width, (grad, W), (result, s, z)):
-        target.copy_(compute(upstream, weight, scale, zero, top))
+        target.copy_(compute(upstream, weight, scale, zero, top, balanced))
     return result
+
+
+def unclamped(ratio: Tensor, z: Tensor, balanced: bool, out: Tensor | None = None) -> Tensor:
+    """The codes of W / s before they are clamped: those of the levels nearest to W.
+
+    That is round(W / s) + z for whole z. The cells of the balanced grid begin and end at whole W / s, so there it is
+    floor(W / s) + z + 1/2, in which nothing is rounded; in W / s + z a weight near 0 would lose its sign.
+    """
+    if balanced:
+        return torch.floor(ratio, out=out).add_(z + 0.5)
+    return torch.round(ratio, out=out).add_(z)
 
 
 def pieces(width: int, weights: Sequence[Tensor], per_group: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -63,13 +74,14 @@ def pieces(width: int, weights: Sequence[Tensor], per_group: Sequence[Tensor]) -
         yield from zip(*(view.split(step) for view in views), strict=True)
 
 
-def _dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, out: Tensor | None = None) -> Tensor:
-    return torch.div(W, s, out=out).round_().add_(z).clamp_(0, top).sub_(z).mul_(s)
+def _dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, out: Tensor | None = None) -> Tensor:
+    ratio = torch.div(W, s, out=out)
+    return unclamped(ratio, z, balanced, out=out).clamp_(0, top).sub_(z).mul_(s)
 
 
-def _scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int) -> Tensor:
+def _scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool) -> Tensor:
     ratio = W / s
-    free = ratio.round().add_(z)
+    free = unclamped(ratio, z, balanced)
     codes = free.clamp(0, top)
     inside = free.eq_(codes)  # 1 or 0: a comparison to bool is several times slower on a CPU
     return codes.sub_(z).sub_(ratio.mul_(inside)).mul_(grad).sum(-1, keepdim=True)

@@ -24,7 +24,14 @@ INPUTS = 1024
 
 
 def decode(
-    X: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, width: int
+    X: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    width: int,
+    balanced: bool = False,
 ) -> Tensor:
     """Y (rows, out) in the dtype of X.
 
@@ -32,10 +39,11 @@ def decode(
         X: (rows, in), float32, float16 or bfloat16; one pass over the codes serves all rows, so they should be few.
         codes: packed, int32 (out, ceil(in b / 32)).
         scales: float16 (out, G).
-        zeros: packed, int32 (out, ceil(G b / 32)), or None for the zero point 2^(b-1).
+        zeros: packed, int32 (out, ceil(G b / 32)), or None for a fixed zero point.
         bias: (out), or None.
         bits: b, which is 2, 3 or 4.
         width: weights a group; the last group may be shorter.
+        balanced: whether the fixed zero point is 2^(b-1) - 1/2 and not 2^(b-1).
     """
     X, codes, scales = X.contiguous(), codes.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
@@ -48,7 +56,7 @@ def decode(
             X, codes, scales, zeros, bias, Y, rows, out_features, in_features, groups, width, codes.shape[1],
             0 if zeros is None else zeros.shape[1],
             BITS=bits, RUN=run, RUNS=INPUTS // run, WHOLE_RUNS=groups == 1 or width % run == 0,
-            ROWS=triton.next_power_of_2(rows), OUTPUTS=OUTPUTS,
+            BALANCED=balanced, ROWS=triton.next_power_of_2(rows), OUTPUTS=OUTPUTS,
         )  # fmt: skip
     return Y
 
@@ -67,7 +75,7 @@ def _number(row, index, there, BITS: tl.constexpr):
 @triton.jit
 def _decode(
     X, codes, scales, zeros, bias, Y, rows, out_features, in_features, groups, width, code_words, zero_words,
-    BITS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, WHOLE_RUNS: tl.constexpr,
+    BITS: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, WHOLE_RUNS: tl.constexpr, BALANCED: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS columns of Y. Columns of Q come in runs of RUN; with WHOLE_RUNS no run lies in two groups."""
@@ -88,7 +96,10 @@ def _decode(
         grouped = (o < out_features) & (group < groups)
         s = tl.load(scales + o * groups + group, mask=grouped, other=0.0).to(tl.float32)
         z = 1 << (BITS - 1) if zeros is None else _number(zeros + o * zero_words, group, grouped, BITS)
-        Q = (s * (number - z).to(tl.float32)).to(X.dtype.element_ty).to(tl.float32)
+        steps = (number - z).to(tl.float32)
+        if BALANCED:
+            steps += 0.5
+        Q = (s * steps).to(X.dtype.element_ty).to(tl.float32)
         for row in tl.static_range(ROWS):
             x = tl.load(X + row * in_features + column, mask=(column < in_features) & (row < rows), other=0.0)
             part = tl.sum(tl.sum(Q * x.to(tl.float32), axis=2), axis=1)

@@ -64,7 +64,7 @@ def product(linear: PackedLinear, X: Tensor) -> Tensor:
 
     zeros = None if linear.grid.symmetric else linear.zeros
     flat, width = X.reshape(-1, linear.in_features), linear.grid.width(linear.in_features)
-    Y = decode(flat, linear.codes, linear.scales, zeros, linear.bias, linear.grid.bits, width)
+    Y = decode(flat, linear.codes, linear.scales, zeros, linear.bias, linear.grid.bits, width, linear.grid.balanced)
     return Y.view(*X.shape[:-1], linear.out_features)
 
 

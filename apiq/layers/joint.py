@@ -188,7 +188,8 @@ class _JointWeights(torch.autograd.Function):
         adapters = parameters[2 * count :]
         s, z = clipped(gamma, beta, joint.low, joint.high, joint.grid)
         ctx.save_for_backward(gamma, beta, s, z, *adapters)
-        Q = sweeps.dequantized(joint.W, s[:, None], z[:, None], joint.grid.top, joint.width, torch.float32)
+        top, balanced = joint.grid.top, joint.grid.balanced
+        Q = sweeps.dequantized(joint.W, s[:, None], z[:, None], top, balanced, joint.width, torch.float32)
         weights = joint.split(Q)
         for weight, A, B, c in zip(weights, adapters[::2], adapters[1::2], joint.scaling, strict=True):
             if A is not None and B is not None:
@@ -201,7 +202,8 @@ class _JointWeights(torch.autograd.Function):
         joint: _Set = ctx.joint
         gamma, beta, s, z, *adapters = ctx.saved_tensors
         G = joint.stack(grads)
-        for_s = sweeps.scale_gradient(G, joint.W, s[:, None], z[:, None], joint.grid.top, joint.width)
+        top, balanced = joint.grid.top, joint.grid.balanced
+        for_s = sweeps.scale_gradient(G, joint.W, s[:, None], z[:, None], top, balanced, joint.width)
         both = clipped_gradient(for_s.flatten(), gamma, beta, joint.low, joint.high, joint.grid)
         for_ranges = [
             part.view(out, -1)

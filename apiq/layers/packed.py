@@ -106,7 +106,7 @@ class PackedLinear(nn.Linear):
         if isinstance(self.grid, NormalFloat):
             z = torch.zeros_like(s)
         elif self.grid.symmetric:
-            z = torch.full_like(s, 2.0 ** (self.grid.bits - 1))
+            z = torch.full_like(s, self.grid.zero)
         else:
             z = unpack(self.zeros, self.grid.bits, s.shape[1]).to(s.dtype)
         return unpack(self.codes, self.grid.bits, self.in_features), s, z
@@ -169,7 +169,7 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Shape and grid."""
         grid = self.grid
-        kind = "symmetric" if grid.symmetric else "asymmetric"
+        kind = {False: "asymmetric", True: "symmetric", "balanced": "balanced"}[grid.symmetric]
         if isinstance(grid, NormalFloat):
             kind = "NormalFloat, scales in 8 bits" if grid.double else "NormalFloat"
         kind += ", offsets" if grid.offsets else ""

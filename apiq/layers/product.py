@@ -43,7 +43,7 @@ def autocast_is_on(kind: str) -> bool:
 def dequantized(W: Tensor, s: Tensor, z: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """Q (out, in) in `dtype`; it is rounded to the precision of W first, as the deployed linear does."""
     stored = W.dtype if W.dtype != torch.float32 else dtype
-    return sweeps.dequantized(W, s, z, grid.top, grid.width(W.shape[1]), stored).to(dtype)
+    return sweeps.dequantized(W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]), stored).to(dtype)
 
 
 def rows_at_once(W: Tensor) -> Iterator[slice]:
@@ -81,5 +81,5 @@ def _scale_gradient(grad: Tensor, X: Tensor, W: Tensor, s: Tensor, z: Tensor, gr
     width = grid.width(W.shape[1])
     for rows in rows_at_once(W):
         G = grad[:, rows].t() @ X
-        result[rows] = sweeps.scale_gradient(G, W[rows], s[rows], z[rows], grid.top, width)
+        result[rows] = sweeps.scale_gradient(G, W[rows], s[rows], z[rows], grid.top, grid.balanced, width)
     return result

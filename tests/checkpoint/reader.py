@@ -28,8 +28,7 @@ def read(folder):
 
 def dequantized(tensors, config, shape):
     b, columns = config["bits"], shape[1]
-    width = min(config["group_size"], columns) or columns
-    group = np.arange(columns) // width
+    group = np.arange(columns) // (min(config["group_size"], columns) or columns)
     codes, s = unpacked(tensors["codes"], b, columns), tensors["scales"]
     if config.get("double_quantization"):
         spread = np.repeat(tensors["scale_ranges"], 256)[: s.size].reshape(s.shape)
@@ -37,7 +36,8 @@ def dequantized(tensors, config, shape):
     s = s.astype(np.float32)[:, group]
     if config.get("levels") == "normal-float":
         return s * normal_float_levels(b)[codes]
-    z = 2 ** (b - 1) if config["symmetric"] else unpacked(tensors["zeros"], b, group[-1] + 1)[:, group]
+    fixed = (2**b - 1) / 2 if config["symmetric"] == "balanced" else 2 ** (b - 1)
+    z = fixed if config["symmetric"] else unpacked(tensors["zeros"], b, group[-1] + 1)[:, group]
     Q = s * (codes - z).astype(np.float32)
     return Q + tensors["offsets"][:, group] if "offsets" in tensors else Q
 

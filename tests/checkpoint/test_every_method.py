@@ -20,6 +20,7 @@ from apiq.quantization import quantize
 
 SETTINGS = list(itertools.product((1, 2, 3, 4, 8), (False, True), (16, 0)))
 """All bits, symmetry and group size; 16 does not divide the widths."""
+SETTINGS += [(1, "balanced", 16), (3, "balanced", 0)]
 SMALL = {"rank": 2, "epochs": 1, "batch_size": 2, "adapter_targets": ["q_proj", "down_proj"]}
 
 
@@ -27,7 +28,7 @@ def is_refused(method, bits, symmetric):
     """What `apiq.params` is to refuse, and nothing else."""
     if method in ("qlora", "loftq", "lq-lora"):
         return not 2 <= bits <= 4 or symmetric
-    return bits == 1 and symmetric
+    return bits == 1 and symmetric is True
 
 
 def quantized_bytes(folder):
@@ -63,6 +64,28 @@ def test_it_runs_and_is_reloaded_or_is_refused(
         with pytest.raises(ValidationError, match=r"(bits|symmetric)\|.*\|"):
             QuantizeParams(**settings)
         return
+    agree_when_reloaded(narrow, tmp_path, monkeypatch, settings)
+
+
+OPTIONS = [
+    {"method": "loftq", "loftq": {"levels": "uniform"}},
+    {"method": "lq-lora", "lq_lora": {"levels": "uniform"}},
+    {"method": "gptq", "gptq": {"act_order": True}},
+    {"method": "omniquant", "rounding": "soft"},
+    {"method": "closed-form", "closed_form": {"codes": "searched"}},
+    {"method": "apiq-lw", "ranges": "weight", "rounding": "soft"},
+    {"method": "apiq-bw", "ranges": "output", "start": "closed-form"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_balanced_bit_runs_with_every_option_of_the_grid(narrow, tmp_path, work, monkeypatch, options):
+    settings = {**SMALL, "bits": 1, "symmetric": "balanced", "group_size": 16, **options}
+    agree_when_reloaded(narrow, tmp_path, monkeypatch, settings)
+
+
+def agree_when_reloaded(narrow, tmp_path, monkeypatch, settings):
+    """Quantize `narrow`; what is read back computes what was deployed, and its bits are those of its tensors."""
     monkeypatch.setattr(search, "SHARES", (1.0, 0.8, 0.6))
     blocks, deploy = [], walk_module.deploy
     monkeypatch.setattr(walk_module, "deploy", lambda block, *rest: blocks.append(block) or deploy(block, *rest))
@@ -77,7 +100,7 @@ def test_it_runs_and_is_reloaded_or_is_refused(
     bits_counted = effective_bits(folder)
     assert bits_counted.total * bits_counted.weights / 8 == pytest.approx(quantized_bytes(folder), rel=0.01)
     assert result["effective_bits"] == bits_counted.total
-    assert (folder / "adapter").is_dir() == METHODS[method].adapted
+    assert (folder / "adapter").is_dir() == METHODS[settings["method"]].adapted
 
 
 @pytest.mark.parametrize("method", METHODS)

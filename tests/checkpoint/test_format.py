@@ -24,7 +24,9 @@ from apiq.params import QuantizeParams
 from apiq.quantization import quantize
 from tests.checkpoint import reader
 
-AFFINE = st.builds(Grid, st.integers(1, 8), st.integers(0, 70), st.booleans(), st.booleans())
+AFFINE = st.builds(
+    Grid, st.integers(1, 8), st.integers(0, 70), st.sampled_from([False, True, "balanced"]), st.booleans()
+)
 NORMAL = st.builds(NormalFloat, st.integers(2, 4), st.integers(0, 70), double=st.booleans())
 
 
@@ -50,7 +52,7 @@ def test_a_reader_of_the_page_gives_the_weights_of_every_grid(grid, rows, column
     [
         {"method": "rtn", "bits": 3, "group_size": 43},
         {"method": "gptq", "bits": 4, "symmetric": True},
-        {"method": "apiq-bw", "bits": 2},
+        {"method": "apiq-bw", "bits": 1, "symmetric": "balanced"},
         {"method": "qlora", "bits": 4},
         {"method": "lq-lora", "target_bits": 3.7, "candidate_group_sizes": [16, 32]},
     ],

@@ -4,10 +4,12 @@ import pytest
 
 from apiq.checkpoint.grid_config import described, exceptions, grid_for, grid_of
 from apiq.checkpoint.quantizer import ApiqConfig
+from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
 from apiq.grids.normal_float import NormalFloat
 
 GRIDS = [Grid(2, 64, False), Grid(3, 0, True), NormalFloat(4, 32), NormalFloat(2, 0, double=True)]
+GRIDS.append(Grid(1, 32, "balanced"))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -16,6 +18,11 @@ def test_a_grid_is_read_as_it_was_written(grid):
     config = ApiqConfig(**described(grid), blocks="model.layers", linears=["q"])
     assert config.grid == grid
     assert ApiqConfig(**config.to_dict()).grid == grid
+
+
+def test_a_symmetry_that_is_not_known_is_refused():
+    with pytest.raises(ApiqError, match=r"symmetric in config\.json is 'skewed'; it should be false, true or balanced"):
+        grid_of({**described(Grid(2, 64, True)), "symmetric": "skewed"})
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -29,7 +36,7 @@ def test_the_exceptions_are_read_as_they_were_written():
     grids = {f"0.{number}": grid for number, grid in enumerate([usual, *GRIDS, Grid(3, 64, False)])}
     config = {**described(usual), "exceptions": exceptions(usual, grids)}
     assert "0.0" not in config["exceptions"]
-    assert config["exceptions"]["0.5"] == {"bits": 3}
+    assert config["exceptions"][f"0.{len(GRIDS) + 1}"] == {"bits": 3}
     read = ApiqConfig(**config, blocks="model.layers", linears=["q"])
     for name, grid in {**grids, "1.0": usual}.items():
         assert grid_for(config, name) == read.grid_for(name) == ApiqConfig(**read.to_dict()).grid_for(name) == grid

@@ -49,6 +49,13 @@ def test_a_target_of_bits_is_met_by_every_method_and_read_back(make, method):
         assert grids[f"{layer}.mlp.gate_proj"] == grids[f"{layer}.mlp.up_proj"]
 
 
+def test_balanced_grids_of_one_to_three_bits_share_a_target(make):
+    folder, _ = make(method="rtn", target_bits=2.0, candidate_bits=[1, 2, 3], symmetric="balanced", sensitivity="none")
+    assert 2.0 - 0.25 < model_bits(folder) <= 2.0 and effective_bits(folder).zeros == 0
+    grids = {linear(folder, name).grid for name in linear_names(folder)}
+    assert len(grids) > 1 and all(grid.balanced for grid in grids) and 1 in {grid.bits for grid in grids}
+
+
 def test_what_engines_fuse_is_tied():
     names = ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.o_proj", "1.self_attn.q_proj", "0.mlp.up_proj"]
     names += ["0.mlp.gate_proj", "0.mlp.experts.3.w1", "0.mlp.experts.3.w3", "0.mlp.experts.4.w1", "0.attn.c_attn"]

@@ -17,6 +17,7 @@ from apiq.files import sha256_folder
 DENSE = [
     {"bits": 3, "group_size": 43},
     {"method": "qlora", "bits": 4},
+    {"bits": 1, "symmetric": "balanced"},
     {"method": "lq-lora", "target_bits": 3.7, "candidate_group_sizes": [16, 32]},
 ]
 
@@ -70,6 +71,20 @@ REFUSED = [
     ("compressed-tensors", {"group_size": 43}, {}, r"has 128 inputs, quantize\.group_size is 43"),
     ("compressed-tensors", {"group_size": 64}, {"dtype": "bfloat16"}, r"--dtype float16 or float32"),
     ("compressed-tensors", {"method": "qlora", "bits": 4}, {}, r"no NormalFloat levels"),
+    (
+        "compressed-tensors",
+        {"bits": 2, "symmetric": "balanced"},
+        {},
+        r"zero points .* quantize\.symmetric: true or false",
+    ),
+    ("gptq-v2", {"bits": 2, "symmetric": "balanced"}, {}, r"^GPTQ v2 has whole .* quantize\.symmetric: true or false"),
+    (
+        "gptq",
+        {"symmetric": "balanced"},
+        {},
+        r"^GPTQ v1 has whole zero points only, .* quantize\.symmetric: true or false",
+    ),
+    ("awq", {"symmetric": "balanced"}, {}, r"^AWQ has whole zero points only, .* quantize\.symmetric: true or false"),
     ("dense", {}, {"dtype": "int8"}, r"dtype is 'int8'"),
     ("onnx", {}, {}, r"there is no format onnx; there are compressed-tensors"),
 ]

@@ -44,22 +44,22 @@ def llama(tmp_path_factory):
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 8), st.booleans(), st.sampled_from([32, 64]), st.integers(0, 2**20))
+@given(st.integers(1, 8), st.sampled_from([False, True, "balanced"]), st.sampled_from([32, 64]), st.integers(0, 2**20))
 def test_blocks_give_back_the_very_weights(bits, symmetric, width, seed):
     grid = Grid(bits, width, symmetric)
     kind = fitting(grid)
     if kind is None:
-        assert bits == 8 and not symmetric
+        assert bits == 8 and symmetric is not True
         return
     W = torch.randn(3, 128, generator=torch.Generator().manual_seed(seed))
     s, z = affine.scale_and_zero(*affine.extrema(W, grid), grid)
     codes = affine.encode(W, s, z, grid)
-    data = blocks(codes, s, z, width, kind)
+    data = blocks(codes, s, z, grid, kind)
     read = gguf.quants.dequantize(data, getattr(gguf.GGMLQuantizationType, kind))
     assert np.array_equal(read, affine.decode(codes, s, z, grid).numpy())
 
 
-CASES = [(2, False, "Q4_0"), (4, False, "Q5_0"), (8, True, "Q8_0")]
+CASES = [(2, False, "Q4_0"), (4, False, "Q5_0"), (8, True, "Q8_0"), (1, "balanced", "Q4_0"), (4, "balanced", "Q5_0")]
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "kind"), CASES)
@@ -116,6 +116,7 @@ def test_the_adapter_is_a_gguf_lora(checkpoint, llama, tmp_path):
     ("values", "match"),
     [
         ({"bits": 8}, r"quantize\.symmetric: true, or with quantize\.bits of 7 or less"),
+        ({"bits": 8, "symmetric": "balanced"}, r"quantize\.symmetric: true, or with quantize\.bits of 7 or less"),
         ({"group_size": 48}, r"a quantize\.group_size that is a multiple of 32"),
         ({"method": "qlora", "bits": 4}, "no NormalFloat levels"),
         ({"method": "apiq-bw", "bits": 2, "adapter": "dora"}, r"plain LoRA of one rank.*quantize\.adapter: lora"),
@@ -126,6 +127,20 @@ def test_what_no_block_holds_is_refused(checkpoint, llama, tmp_path, values, mat
     with pytest.raises(ApiqError, match=match) as caught:
         apiq.export(checkpoint(llama, **values), tmp_path / "out", "gguf")
     assert str(caught.value).count(". ") == 0 and not list(tmp_path.iterdir())
+
+
+def test_half_a_scale_that_float16_does_not_hold_is_refused(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("APIQ_WORK", str(tmp_path / "work"))
+    model = LlamaForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = 0
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "model")
+    params = QuantizeParams(method="rtn", bits=2, group_size=32, symmetric="balanced")
+    quantize(tmp_path / "model", None, params, tmp_path / "quantized")
+    with pytest.raises(ApiqError, match=r"layers\.1\.mlp\.up_proj underflows; .* quantize\.symmetric: true or false"):
+        apiq.export(tmp_path / "quantized", tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(llama, tmp_path, monkeypatch):

@@ -18,8 +18,11 @@ from apiq.grids.affine import (
     ungrouped,
 )  # fmt: skip
 
-grids = st.builds(
-    Grid, bits=st.integers(2, 8), group_size=st.sampled_from([0, 1, 7, 32, 43, 64, 500]), symmetric=st.booleans()
+SYMMETRIES = [False, True, "balanced"]
+WIDTHS = st.sampled_from([0, 1, 7, 32, 43, 64, 500])
+grids = st.one_of(
+    st.builds(Grid, bits=st.integers(2, 8), group_size=WIDTHS, symmetric=st.booleans()),
+    st.builds(Grid, bits=st.integers(1, 8), group_size=WIDTHS, symmetric=st.just("balanced")),
 )
 
 
@@ -59,7 +62,8 @@ def test_codes_and_zero_points_fit_into_their_bits(grid, shift, seed):
     s, z = scale_and_zero(*extrema(W, grid), grid)
     assert bool((s > 0).all())
     assert torch.equal(s, s.half().float())
-    assert bool(((z >= 0) & (z <= grid.top) & (z == z.round())).all())
+    assert bool(((z >= 0) & (z <= grid.top)).all())
+    assert bool((z == (grid.top / 2 if grid.balanced else z.round())).all())
     assert int(encode(W, s, z, grid).max()) <= grid.top
 
 
@@ -84,16 +88,73 @@ def test_rounding_error_is_at_most_half_a_step_inside_the_range(grid, seed):
     W = weight(seed)
     s, z = scale_and_zero(*extrema(W, grid), grid)
     ratio = grouped(W, grid) / s.unsqueeze(-1)
-    inside = (ratio.round() + z.unsqueeze(-1)).clamp(0, grid.top) == ratio.round() + z.unsqueeze(-1)
+    inside = (ratio >= -z.unsqueeze(-1) - 0.5) & (ratio <= grid.top - z.unsqueeze(-1) + 0.5)
     error = (grouped(fake_quantize(W, s, z, grid), grid) - grouped(W, grid)).abs() / s.unsqueeze(-1)
     assert float(error[inside].max()) <= 0.5 + 1e-4
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gradients_equal_those_of_the_straight_through_graph(symmetric):
+@given(grid=grids, seed=st.integers(0, 1000))
+@settings(max_examples=40)
+def test_a_code_is_that_of_the_nearest_level(grid, seed):
+    """By brute force over all levels, on ranges that leave some weights out."""
+    W = weight(seed)
+    low, high = extrema(W, grid)
+    s, z = scale_and_zero(0.7 * low, 0.7 * high, grid)
+    levels = s.unsqueeze(-1) * (torch.arange(grid.top + 1) - z.unsqueeze(-1))
+    error = (grouped(fake_quantize(W, s, z, grid), grid) - grouped(W, grid)).abs()
+    least = (levels.unsqueeze(-2) - grouped(W, grid).unsqueeze(-1)).abs().amin(-1)
+    torch.testing.assert_close(error, least, rtol=0, atol=1e-6)
+
+
+@given(bits=st.integers(1, 8), group=WIDTHS, seed=st.integers(0, 1000))
+@settings(max_examples=30)
+def test_the_balanced_grid_mirrors_every_weight_and_has_no_zero(bits, group, seed):
+    grid = Grid(bits, group, "balanced")
+    W = weight(seed)
+    W[0, :3] = torch.tensor([1e-30, -1e-30, 0.0])  # far below the step: only their signs are left
+    s, z = scale_and_zero(*extrema(W, grid), grid)
+    Q = fake_quantize(W, s, z, grid)
+    steps = grouped(Q, grid) / s.unsqueeze(-1)
+    assert bool((2 * steps % 2 == 1).all()) and float(steps.abs().max()) <= grid.top / 2
+    tied = W / s.repeat_interleave(grid.width(100), 1)[:, :100]
+    mirrored = fake_quantize(-W, s, z, grid)
+    assert torch.equal(mirrored.where(tied != tied.round(), -Q), -Q)
+    assert Q[0, 0] > 0 > Q[0, 1] and bool(((Q > 0) == (W > 0)).where(W != 0, True).all())
+
+
+@pytest.mark.parametrize("symmetric", SYMMETRIES)
+def test_codes_of_what_is_trained_are_found_too(symmetric):
+    W, grid = weight(1), Grid(2, 20, symmetric)
+    s, z = scale_and_zero(*extrema(W, grid), grid)
+    assert torch.equal(encode(W.clone().requires_grad_(), s.requires_grad_(), z, grid), encode(W, s.detach(), z, grid))
+
+
+def test_one_balanced_bit_is_the_sign():
+    W, grid = weight(1), Grid(1, 20, "balanced")
+    s, z = scale_and_zero(*extrema(W, grid), grid)
+    reach = grouped(W, grid).abs().amax(-1)
+    torch.testing.assert_close(s, reach, rtol=2**-10, atol=0)
+    assert torch.equal(fake_quantize(W, s, z, grid), ungrouped(grouped(W, grid).sign() * s.unsqueeze(-1) / 2, 100))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_balanced_cells_that_fill_the_range_lose_less_than_levels_that_reach_its_ends(bits, group):
+    """The start of the range: s = 2 max / 2^b against 2 max / (2^b - 1), on normal weights."""
+    W, grid = weight(9, out=64, in_features=256), Grid(bits, group, "balanced")
+    s, z = scale_and_zero(*extrema(W, grid), grid)
+    filling, reaching = (
+        float((fake_quantize(W, scale, z, grid) - W).square().mean()) for scale in (s, s * 2**bits / grid.top)
+    )
+    assert filling < reaching * (grid.top / 2**bits) ** 2 * 1.15
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid(2, 16, symmetric) for symmetric in SYMMETRIES] + [Grid(1, 7, "balanced")], ids=str
+)
+def test_gradients_equal_those_of_the_straight_through_graph(grid):
     """Against autograd on the same function written with detach, as in lines 6 to 8 of Algorithm 1."""
-    grid = Grid(2, 16, symmetric)
-    W = weight(2, in_features=40).requires_grad_()
+    W = weight(2, in_features=40).double().requires_grad_()
     low, high = extrema(W.detach() * 0.6, grid)
     s, z = scale_and_zero(low, high, grid)
     s = s.detach().requires_grad_()
@@ -102,17 +163,18 @@ def test_gradients_equal_those_of_the_straight_through_graph(symmetric):
     mine = (W.grad.clone(), s.grad.clone())
     W.grad = s.grad = None
     u = grouped(W, grid) / s.unsqueeze(-1)
-    free = u.detach().round() + z.unsqueeze(-1)
+    free = u.detach().floor() + grid.top / 2 + 0.5 if grid.balanced else u.detach().round() + z.unsqueeze(-1)
     codes = free.clamp(0, grid.top)
+    assert bool((free != codes).any()), "no code was clamped"
     straight_through = codes - u.detach() + u
     codes = torch.where(free == codes, straight_through, codes)
     Q = (codes - z.unsqueeze(-1)) * s.unsqueeze(-1)
     ungrouped(Q, 40).backward(upstream)
-    torch.testing.assert_close(mine[1], s.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(mine[0], W.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mine[1], s.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mine[0], W.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", SYMMETRIES)
 @pytest.mark.parametrize("factor", [1.0, 1e-9, 1e7])
 def test_gradients_of_the_clipping_factors_equal_those_of_autograd(symmetric, factor):
     """Also where s is too small or too large to be stored, and where both ends of a symmetric range are alike."""

@@ -11,6 +11,7 @@ from apiq.grids.affine import Grid, extrema, fake_quantize, grouped, scale_and_z
 from apiq.grids.soft import soft_quantize, staircase
 
 GRIDS = [Grid(2, 8, False), Grid(3, 7, True), Grid(2, 0, False), Grid(1, 5, False)]
+GRIDS += [Grid(2, 8, "balanced"), Grid(1, 5, "balanced")]
 
 
 def case(grid, seed=0):
@@ -23,7 +24,7 @@ def case(grid, seed=0):
 def plainly(W, s, z, grid, temperature):
     """The same function in operations that autograd differentiates itself."""
     u = grouped(W, grid) / s.unsqueeze(-1)
-    middle = u.detach().floor() + 0.5
+    middle = u.detach().round() if grid.balanced else u.detach().floor() + 0.5
     steps = middle + torch.tanh((u - middle) / temperature) / (2 * math.tanh(0.5 / temperature))
     codes = (steps + z.unsqueeze(-1)).clamp(0, grid.top)
     return ungrouped((codes - z.unsqueeze(-1)) * s.unsqueeze(-1), W.shape[1])
@@ -36,6 +37,16 @@ def test_it_rises_through_every_whole_number_and_half(u, temperature):
     value, slope = staircase(torch.tensor(u, dtype=torch.float64), temperature)
     assert u // 1 - 1e-9 <= value <= u // 1 + 1 + 1e-9
     assert slope >= 0
+
+
+@given(st.floats(-20, 20), st.floats(0.02, 5))
+def test_the_stairs_of_the_balanced_grid_lie_half_a_step_off(u, temperature):
+    u = torch.tensor(u, dtype=torch.float64)
+    value, slope = staircase(u, temperature, balanced=True)
+    shifted, steepness = staircase(u - 0.5, temperature)
+    if abs(float(u - u.round())) < 0.49:  # where u - 1/2 lies on the same stair
+        torch.testing.assert_close(value, shifted + 0.5, rtol=0, atol=1e-9)
+        torch.testing.assert_close(slope, steepness, rtol=0, atol=1e-9)
 
 
 def test_it_lies_between_the_identity_and_rounding():

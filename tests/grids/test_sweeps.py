@@ -22,7 +22,7 @@ def case(shape, grid, seed=0):
 @given(
     shape=st.sampled_from(SHAPES),
     width=st.sampled_from([0, 1, 7, 32, 43, 500]),
-    symmetric=st.booleans(),
+    symmetric=st.sampled_from([False, True, "balanced"]),
     piece=st.sampled_from([1, 60, 257, 2**16]),
 )
 def test_pieces_of_any_size_give_what_the_equations_give(shape, width, symmetric, piece):
@@ -30,11 +30,11 @@ def test_pieces_of_any_size_give_what_the_equations_give(shape, width, symmetric
     W, s, z, grad = case(shape, grid)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "PIECE", piece)
-        Q = sweeps.dequantized(W, s, z, grid.top, grid.width(shape[1]), torch.float32)
-        mine = sweeps.scale_gradient(grad, W, s, z, grid.top, grid.width(shape[1]))
+        Q = sweeps.dequantized(W, s, z, grid.top, grid.balanced, grid.width(shape[1]), torch.float32)
+        mine = sweeps.scale_gradient(grad, W, s, z, grid.top, grid.balanced, grid.width(shape[1]))
     assert torch.equal(Q, decode(encode(W, s, z, grid), s, z, grid))
     ratio = grouped(W, grid).double() / s.unsqueeze(-1)
-    free = ratio.round() + z.unsqueeze(-1)
+    free = ratio.floor() + grid.top / 2 + 0.5 if grid.balanced else ratio.round() + z.unsqueeze(-1)
     slope = torch.where((free >= 0) & (free <= grid.top), free - z.unsqueeze(-1) - ratio, 0.0)
     slope = slope.where((free >= 0) & (free <= grid.top), free.clamp(0, grid.top) - z.unsqueeze(-1))
     upstream = torch.zeros_like(slope).flatten(1)
@@ -42,24 +42,26 @@ def test_pieces_of_any_size_give_what_the_equations_give(shape, width, symmetric
     torch.testing.assert_close(mine, (slope * upstream.view_as(slope)).sum(-1).float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [False, "balanced"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_the_weight_of_float32(dtype):
-    grid = Grid(2, 43, False)
+def test_half_precision_rounds_the_weight_of_float32(dtype, symmetric):
+    grid = Grid(2, 43, symmetric)
     W, s, z, _ = case((6, 100), grid)
-    exact = sweeps.dequantized(W, s, z, grid.top, 43, torch.float32)
-    assert torch.equal(sweeps.dequantized(W, s, z, grid.top, 43, dtype), exact.to(dtype))
+    exact = sweeps.dequantized(W, s, z, grid.top, grid.balanced, 43, torch.float32)
+    assert torch.equal(sweeps.dequantized(W, s, z, grid.top, grid.balanced, 43, dtype), exact.to(dtype))
     coarse = W.to(dtype)
     assert torch.equal(
-        sweeps.dequantized(coarse, s, z, grid.top, 43, torch.float32),
-        sweeps.dequantized(coarse.float(), s, z, grid.top, 43, torch.float32),
+        sweeps.dequantized(coarse, s, z, grid.top, grid.balanced, 43, torch.float32),
+        sweeps.dequantized(coarse.float(), s, z, grid.top, grid.balanced, 43, torch.float32),
     )
 
 
+@pytest.mark.parametrize("symmetric", [False, "balanced"])
 @pytest.mark.parametrize("name", ["_dequantized", "_scale_gradient"])
-def test_the_functions_that_are_compiled_for_a_gpu_are_one_graph_with_the_same_result(name):
+def test_the_functions_that_are_compiled_for_a_gpu_are_one_graph_with_the_same_result(name, symmetric):
     function = getattr(sweeps, name)
-    W, s, z, grad = case((6, 96), Grid(2, 32, False))
+    W, s, z, grad = case((6, 96), Grid(2, 32, symmetric))
     parts = [V.view(6, 3, 32) for V in ((W,) if name == "_dequantized" else (grad, W))]
-    operands = (*parts, s[..., None], z[..., None], 3)
+    operands = (*parts, s[..., None], z[..., None], 3, symmetric == "balanced")
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     assert torch.equal(compiled(*operands), function(*operands))

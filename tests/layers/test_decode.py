@@ -33,7 +33,7 @@ def case(grid, rows, out, columns, bias=True, dtype=torch.float32):
     return linear, torch.randn(rows, columns, generator=generator).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True, "balanced"])
 @pytest.mark.parametrize("group", [32, 43, 64, 0])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_kernel_is_the_product_with_the_dequantized_weight(bits, group, symmetric, monkeypatch):
@@ -56,10 +56,11 @@ def test_in_half_precision_the_weights_are_those_of_the_plain_path(bits, dtype):
     assert ((Y.double() - exact).abs() <= bound).all()
 
 
-def test_one_weight_at_a_time():
+@pytest.mark.parametrize("symmetric", [False, "balanced"])
+def test_one_weight_at_a_time(symmetric):
     """With X the unit matrix, Y is Q^T, so no error can hide in a sum."""
     for bits in (2, 3, 4):
-        linear, _ = case(Grid(bits, 5, False), 1, 3, 16, bias=False)
+        linear, _ = case(Grid(bits, 5, symmetric), 1, 3, 16, bias=False)
         assert torch.equal(fused.product(linear, torch.eye(16, device=DEVICE)).T, linear.dequantized())
 
 
@@ -72,6 +73,7 @@ def test_the_shape_of_the_input_is_kept_and_the_memory_order_does_not_matter():
 SUITED = [
     ("2 bits", Grid(2, 32, False), {}, True),
     ("symmetric", Grid(4, 32, True), {}, True),
+    ("balanced", Grid(2, 32, "balanced"), {}, True),
     ("8 bits", Grid(8, 32, False), {}, False),
     ("1 bit", Grid(1, 32, False), {}, False),
     ("NormalFloat", NormalFloat(4, 32), {}, False),
@@ -135,6 +137,7 @@ from apiq.layers.decode import INPUTS, OUTPUTS, _decode
 
 for bits, run, zeros, whole in ((2, 16, "*i32", True), (3, 8, "constexpr", False)):
     fixed = {"BITS": bits, "RUN": run, "RUNS": INPUTS // run, "WHOLE_RUNS": whole, "ROWS": 2, "OUTPUTS": OUTPUTS}
+    fixed["BALANCED"] = not whole
     fixed |= {"zeros": None} if zeros == "constexpr" else {}
     tensors = {"X": "*bf16", "codes": "*i32", "scales": "*fp16", "zeros": zeros, "bias": "*bf16", "Y": "*bf16"}
     kinds = {name: "constexpr" if name in fixed else tensors.get(name, "i32") for name in _decode.arg_names}

@@ -51,7 +51,7 @@ def trained(block, x):
 
 
 @pytest.mark.parametrize("group", [0, 16, 43])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True, "balanced"])
 def test_outputs_and_gradients_are_the_same(group, symmetric):
     block, x = feed(group, symmetric), torch.randn(3, 9, 48, requires_grad=True)
     apart = trained(block, x)

@@ -27,7 +27,7 @@ def gradients(fake, x, output):
 
 
 @pytest.mark.parametrize("group", [0, 32, 43])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True, "balanced"])
 @pytest.mark.parametrize("rows", [1, 700, 2**20])
 def test_output_and_gradients_equal_those_of_the_differentiable_weight(group, symmetric, rows, monkeypatch):
     monkeypatch.setattr(module, "ROWS", rows)

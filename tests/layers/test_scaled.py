@@ -25,7 +25,10 @@ def linear(grid, bias=True, width=43):
     return made
 
 
-GRIDS = [Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), Grid(2, 16, False, offsets=True), NormalFloat(4, 16)]
+GRIDS = [
+    Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), Grid(1, 7, "balanced"), Grid(2, 16, False, offsets=True),
+    NormalFloat(4, 16),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

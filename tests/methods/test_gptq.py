@@ -46,7 +46,11 @@ def by_definition(W, H, grid, act_order):
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("lazy", [4, 16, 128])
-@pytest.mark.parametrize("grid", [Grid(2, 8, False), Grid(3, 7, True), Grid(2, 0, False), Grid(4, 24, False)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(2, 8, False), Grid(3, 7, True), Grid(2, 0, False), Grid(4, 24, False), Grid(1, 7, "balanced")],
+    ids=str,
+)
 def test_it_equals_its_definition(monkeypatch, grid, lazy, act_order):
     monkeypatch.setattr(gptq, "LAZY", lazy)
     W, H = layer()

@@ -63,7 +63,7 @@ def test_ranges_and_factors_all_move(problem, monkeypatch):
         assert bool((fake.gamma != omniquant.START).any()) and bool((fake.beta != omniquant.START).any())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True, "balanced"])
 def test_the_transformed_weight_is_quantized_between_its_factors(symmetric):
     torch.manual_seed(0)
     linear, grid = nn.Linear(20, 6), Grid(8, 5, symmetric)

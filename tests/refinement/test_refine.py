@@ -62,7 +62,14 @@ def test_the_divergence_falls_and_what_was_trained_is_what_is_read(make, origina
 
 
 @pytest.mark.parametrize(
-    "values", [{"method": "rtn"}, {"adapter": "dora"}, {"method": "qlora", "bits": 4}, {"symmetric": True}]
+    "values",
+    [
+        {"method": "rtn"},
+        {"adapter": "dora"},
+        {"method": "qlora", "bits": 4},
+        {"symmetric": True},
+        {"bits": 1, "symmetric": "balanced"},
+    ],
 )
 def test_codes_and_zero_points_stay_and_the_rest_is_trained(make, original, windows, tmp_path, work, values):
     folder, out = make(**values), tmp_path / "refined"
