@@ -6,14 +6,19 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from apiq.errors import ApiqError
+
 PATIENCE = 10.0
 """Seconds that a stopped command has to end by itself. Prefect gives a cancelled flow 30 in all."""
+_running: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
 
 
 def stream(
@@ -23,12 +28,18 @@ def stream(
 
     Whatever interrupts the wait (a cancelled flow, Ctrl-C, an error in `on_line`) ends the command
     and all its children before it goes on.
+
+    Raises:
+        ApiqError: `stop_all` was called.
     """
+    if _stopped.is_set():
+        raise ApiqError("stopped before it began.")
     process = subprocess.Popen(
         command, cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
+    _running.add(process)
     try:
         with process.stdout:
             for line in process.stdout:
@@ -38,6 +49,15 @@ def stream(
     except BaseException:
         stop(process)
         raise
+    finally:
+        _running.discard(process)
+
+
+def stop_all() -> None:
+    """End the commands that other threads of this process run, and let none begin any more: the process is to end."""
+    _stopped.set()
+    for process in tuple(_running):
+        stop(process)
 
 
 def stop(process: subprocess.Popen[str], patience: float = PATIENCE) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from apiq.sweeps.outcome import Outcome
 from flows import ROOT
 from flows.board import Board
 from flows.cells import Bench, bench, run_cell
+from flows.processes import stop_all
 
 Runner = Literal["threads", "processes", "dask", "ray"]
 RUNNERS: dict[str, tuple[str, str, Callable[[int], dict[str, Any]]]] = {
@@ -83,7 +84,7 @@ def cell_task(cell: Cell, on: Bench) -> Outcome:
 def _run_all(planned: Plan, on: Bench, pool: Any) -> dict[str, Outcome]:
     tell, board, outcomes = get_run_logger().info, Board(f"sweep-{planned.name}"), {}
     began, total = time.monotonic(), len(planned.cells)
-    with pool:
+    with pool, _stopping_at_once():
         futures = {pool.submit(cell_task, {"cell": cell, "on": on}): cell.name for cell in planned.cells}
         for future in as_completed(list(futures)):
             name = futures[future]
@@ -94,6 +95,16 @@ def _run_all(planned: Plan, on: Bench, pool: Any) -> dict[str, Outcome]:
             tell(line)
             board.show(line)
     return outcomes
+
+
+@contextlib.contextmanager
+def _stopping_at_once() -> Iterator[None]:
+    """An interrupt ends the cells too, instead of waiting until they are done."""
+    try:
+        yield
+    except BaseException:
+        stop_all()
+        raise
 
 
 def _outcome(future: PrefectFuture[Outcome]) -> Outcome:

@@ -4,13 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import psutil
 import pytest
 
-from flows.processes import stop, stream
+from apiq.errors import ApiqError
+from flows import processes
+from flows.processes import stop, stop_all, stream
 
 NESTED = """
 import subprocess, sys, time
@@ -80,3 +85,18 @@ def test_what_does_not_listen_is_killed_after_a_while() -> None:
     process.stdout.readline()
     stop(process, patience=0.5)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_commands_of_other_threads_end_and_none_begins_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_stopped", threading.Event())
+    lines: Queue[str] = Queue()
+    with ThreadPoolExecutor(1) as pool:
+        running, queued = (pool.submit(stream, [sys.executable, "-c", NESTED], tmp_path, lines.put) for _ in "ab")
+        child = int(lines.get(timeout=30))
+        stop_all()
+        assert running.result(timeout=30) != 0
+        with pytest.raises(ApiqError, match="stopped"):
+            queued.result(timeout=30)
+    assert not alive(child)
