@@ -24,6 +24,7 @@ from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, wri
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 from apiq.layers.dense import LIMIT
+from apiq.layers.embedding import keep_narrow
 from apiq.layers.packed import PackedLinear, asked_once
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
@@ -94,7 +95,7 @@ def load(
     """Read the model in `source`, a folder of any kind or the name of a hub repository, for use.
 
     A finetuned folder is read with its base; adapters in a folder are put on unless `adapters` is false.
-    `trainable` leaves the adapters open to training.
+    `trainable` leaves the adapters open to training, and the embedding in as few bits as it was stored in.
 
     Raises:
         ApiqError: a file is missing, damaged or half-written, or the folder is no model.
@@ -132,6 +133,8 @@ def load(
     model = _from_pretrained(base, config, precision, place)
     if place.type == "cpu" and _is_large(model):
         give_back_freed()
+    if trainable:
+        keep_narrow(model)
     if adapters and adapter.is_dir():
         model = _adapted(model, adapter, trainable)
     model.train(trainable)
