@@ -32,12 +32,14 @@ Row = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first column is text, the others numbers unless `words` is set."""
+    """Rows under a head; the first columns are text, the others numbers unless `words` is set."""
 
     head: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Row, ...]], ...]
     """Title (may be empty) and rows of each part."""
     words: bool = False
+    labels: int = 1
+    """How many columns are text."""
 
     @property
     def notes(self) -> dict[str, int]:
@@ -56,7 +58,8 @@ def cell(value: Any, why: str, written: Callable[[float], str] = number, **more:
 def markdown(table: Table, title: str) -> str:
     """The table as GitHub-flavoured Markdown, with its notes as a list."""
     notes = table.notes
-    rule = ["---"] + (["---"] if table.words else ["---:"]) * (len(table.head) - 1)
+    texts = len(table.head) if table.words else table.labels
+    rule = ["---"] * texts + ["---:"] * (len(table.head) - texts)
     lines = [f"# {title}", "", _line(table.head), _line(rule)]
     for name, rows in table.groups:
         if name:
@@ -82,7 +85,8 @@ def read_markdown(text: str) -> Table:
             groups.append((_read(name[2:-2]), []))
         else:
             groups[-1][1].append(tuple(_unmarked(entry, notes) for entry in (name, *others)))
-    return Table(tuple(map(_read, rows[0])), tuple((name, tuple(each)) for name, each in groups if name or each))
+    parts = tuple((name, tuple(each)) for name, each in groups if name or each)
+    return Table(tuple(map(_read, rows[0])), parts, labels=rows[1].count("---"))
 
 
 def _line(entries: Iterable[str]) -> str:

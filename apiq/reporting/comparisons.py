@@ -30,8 +30,13 @@ def sweep_section(sweep: Sweep) -> Section:
     absent = [f"The cell {sweep.title_of(each)} {_fate(each.status)}: {_line(each.error)}" for each in missing]
     absent += [] if table else ["The sweep has no table.md: run it again."]
     pictures = [Picture(name, sweep.caption or f"{sweep.title}.", sweep.figure)] if sweep.figure else []
-    listings = [Listing(name, "Our numbers and those of the paper", table)] if table else []
+    listings = [Listing(name, _heading(table), table)] if table else []
     return Section(name, sweep.title, [sentence, *filter(None, [sweep.about])], pictures, listings, absent)
+
+
+def _heading(table: Table) -> str:
+    names = (*table.head, *(name for name, _ in table.groups))
+    return f"Our numbers{' and those of the paper' if any('paper: ' in name for name in names) else ''}"
 
 
 def pareto_section(run: Run) -> Section:

@@ -113,7 +113,7 @@ def picture(spec: FigureSpec, found: Sequence[Mark], width: float) -> Figure:
     for panel in axes[len(names) :]:
         panel.set_axis_off()
     figure.supxlabel(short(spec.x), fontsize=8.5, color=colour("muted"))
-    figure.supylabel(_last(spec.y[0]), fontsize=8.5, color=colour("muted"))
+    figure.supylabel(spec.y_label or _last(spec.y[0]), fontsize=8.5, color=colour("muted"))
     if series != [""]:
         key(figure, axes[0], columns=3 if width <= NARROW else 5)
     if spec.kind == "scatter":

@@ -106,6 +106,8 @@ class FigureSpec(Section):
     """Axis, or column of errors.csv, with a panel for each of its values."""
     data: Literal["cells", "errors"] = "cells"
     """What a mark is: a cell, or a row of the errors by linear that the evaluation of each cell wrote."""
+    y_label: str = ""
+    """What the y axis says, where the name of the metric does not say it well."""
     log_x: bool = False
     log_y: bool = False
     caption: str = ""

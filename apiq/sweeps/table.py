@@ -62,7 +62,7 @@ def _listed(sweep: Sweep, cells: Cells, columns: dict[str, Column]) -> Table:
         for cell, outcome in cells
     ]
     head = [*map(short, sweep.table.rows), *columns, "bits per weight", *(f"paper: {name}" for name in beside)]
-    return Table(tuple(head), (("", (*_full(sweep, cells, columns), *rows)),))
+    return Table(tuple(head), (("", (*_full(sweep, cells, columns), *rows)),), labels=len(sweep.table.rows))
 
 
 def _crossed(sweep: Sweep, cells: Cells, columns: dict[str, Column]) -> Table:
@@ -85,7 +85,8 @@ def _crossed(sweep: Sweep, cells: Cells, columns: dict[str, Column]) -> Table:
             for names, of_row in found.items()
         )
         parts.append((f"The paper: {name}", rows))
-    return Table((*map(short, sweep.table.rows), *(f"{short(across)} {label}" for label in labels)), tuple(parts))
+    head = (*map(short, sweep.table.rows), *(f"{short(across)} {label}" for label in labels))
+    return Table(head, tuple(parts), labels=len(sweep.table.rows))
 
 
 def _full(sweep: Sweep, cells: Cells, columns: dict[str, Column]) -> list[Row]:

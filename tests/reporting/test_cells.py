@@ -45,6 +45,7 @@ def test_a_table_written_as_markdown_is_read_back(data):
             (name, tuple((Cell(first), *(Cell(text, why=why) for text, why in others)) for first, *others in rows))
             for name, rows in groups
         ),
+        labels=data.draw(st.integers(1, width)),
     )
     assert read_markdown(markdown(table, "Title")) == table
 

@@ -142,3 +142,28 @@ def test_a_cell_without_labels_goes_by_its_name(tmp_path):
     sweep(tmp_path, [{"name": "plain", "status": "done"}])
     (found,) = read_sweeps(tmp_path)
     assert found.title_of(found.cells[0]) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("table", "heading"),
+    [
+        (TABLE, "Our numbers and those of the paper"),
+        (Table(("method", "3"), (("The paper: Llama-2-7B", ()),)), "Our numbers and those of the paper"),
+        (Table(("bits", "method", "perplexity"), (("", ()),), labels=2), "Our numbers"),
+    ],
+)
+def test_the_heading_of_a_table_promises_what_is_in_it(tmp_path, table, heading):
+    sweep(tmp_path, CELLS, markdown(table, "Title"))
+    (listing,) = section(tmp_path).listings
+    assert listing.title == heading
+
+
+def test_columns_of_text_begin_at_the_left(tmp_path):
+    rows = ((Cell("2"), Cell("loftq"), Cell("14.78")),)
+    table = Table(("bits", "method", "perplexity"), (("", rows),), labels=2)
+    sweep(tmp_path / "sweeps", CELLS, markdown(table, "Title"))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/metrics.json").write_text(json.dumps(EVALUATION))
+    text = report(tmp_path, tmp_path / "report").read_text()
+    assert '<th scope="col" class="label">method</th>' in text and '<td class="label">loftq<' in text
+    assert '<th scope="col">perplexity</th>' in text
