@@ -100,3 +100,15 @@ def test_commands_of_other_threads_end_and_none_begins_any_more(
         with pytest.raises(ApiqError, match="stopped"):
             queued.result(timeout=30)
     assert not alive(child)
+
+
+def test_an_interrupted_sweep_ends_what_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.sweep import _stopping_at_once
+
+    monkeypatch.setattr(processes, "_stopped", threading.Event())
+    lines: Queue[str] = Queue()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt), _stopping_at_once():
+        running = pool.submit(stream, [sys.executable, "-c", NESTED], tmp_path, lines.put)
+        child = int(lines.get(timeout=30))
+        raise KeyboardInterrupt
+    assert running.result(timeout=30) != 0 and not alive(child)
