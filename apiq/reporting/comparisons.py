@@ -30,6 +30,14 @@ def sweep_section(sweep: Sweep) -> Section:
     absent = [f"The cell {sweep.title_of(each)} {_fate(each.status)}: {_line(each.error)}" for each in missing]
     absent += [] if table else ["The sweep has no table.md: run it again."]
     pictures = [Picture(name, sweep.caption or f"{sweep.title}.", sweep.figure)] if sweep.figure else []
+    pictures += [
+        Picture(
+            f"{name}-{each.name}-{path.stem}",
+            f"{path.stem.replace('_', ' ').capitalize()} of {sweep.title_of(each)}.",
+            path,
+        )
+        for each, path in sweep.drawings()
+    ]
     listings = [Listing(name, _heading(table), table)] if table else []
     return Section(name, sweep.title, [sentence, *filter(None, [sweep.about])], pictures, listings, absent)
 

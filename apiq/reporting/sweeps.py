@@ -29,6 +29,8 @@ class SweepCell(BaseModel):
     """Why it is not done."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     """Those of data/metrics.json by dotted key."""
+    kept: tuple[str, ...] = ()
+    """Files of this cell, below the folder of the sweep."""
 
 
 class Sweep(BaseModel):
@@ -58,6 +60,14 @@ class Sweep(BaseModel):
         """Its figure, if one was drawn."""
         path = self.folder / FIGURE
         return path if path.is_file() else None
+
+    def drawings(self) -> list[tuple[SweepCell, Path]]:
+        """The figures that were kept of its cells, those of one kind together."""
+        kept = [(cell, self.folder / file) for cell in self.cells for file in cell.kept if file.endswith(".svg")]
+        kinds = list(dict.fromkeys(path.name for _, path in kept))
+        return sorted(
+            ((cell, path) for cell, path in kept if path.is_file()), key=lambda each: kinds.index(each[1].name)
+        )
 
     def table(self) -> Table | None:
         """Its table with the paper's numbers beside ours; None if there is none.

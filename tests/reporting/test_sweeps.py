@@ -94,6 +94,26 @@ def test_a_sweep_without_figure_is_shown_by_its_table(tmp_path):
     assert shown.listings[0].table == TABLE
 
 
+def test_figures_kept_of_cells_are_shown_kind_by_kind(tmp_path):
+    cells = [cell(name, 8, (9.0, 4.0), 3.5) for name in ("loftq", "apiq-lw")]
+    for each in cells:
+        each["kept"] = [f"cells/{each['name']}/{file}" for file in ("weights.svg", "errors.csv", "lost.svg", "a_b.svg")]
+    place = sweep(tmp_path / "sweeps", cells, markdown(TABLE, "Title"))
+    for each in cells:
+        folder = place / "cells" / each["name"]
+        folder.mkdir(parents=True)
+        for file in ("weights", "a_b"):
+            draw(folder, f"{file} of {each['name']}")
+            (folder / "figure.svg").rename(folder / f"{file}.svg")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/metrics.json").write_text(json.dumps(EVALUATION))
+    out = report(tmp_path, tmp_path / "report").parent
+    captions = re.findall(r"<figcaption>(.* of .*)</figcaption>", (out / "report.html").read_text())
+    wanted = ["Weights of loftq, 8.", "Weights of apiq-lw, 8.", "A b of loftq, 8.", "A b of apiq-lw, 8."]
+    assert [caption for caption in captions if caption in wanted] == wanted
+    assert "a_b of ranks-apiq-lw-8" in (out / "figures/sweep-ranks-ranks-apiq-lw-8-a_b.svg").read_text()
+
+
 def test_a_sweep_without_table_says_so(tmp_path):
     draw(sweep(tmp_path, CELLS))
     shown = section(tmp_path)
