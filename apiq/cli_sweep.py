@@ -53,9 +53,7 @@ def sweep(
         _show_cells(planned, as_json)
         return
     with contextlib.redirect_stdout(sys.stderr):
-        state = _flow()(
-            str(file.resolve()), profile, model, calibration, text, settings, jobs, runner, threads, return_state=True
-        )
+        state = _flow()(str(file.resolve()), profile, model, calibration, text, settings, jobs, runner, threads)
     folder = Path("data/sweeps") / planned.name
     if as_json and (folder / "cells.json").is_file():
         show(read_json(folder / "cells.json"), True)
@@ -73,7 +71,7 @@ def _absolute(place: str | None) -> str | None:
 def _flow() -> Any:
     """The flow, which stands a floor above this library and needs Prefect and DVC: here for this command alone."""
     try:
-        return importlib.import_module("flows.sweep").sweep
+        return importlib.import_module("flows.sweep").run_here
     except ModuleNotFoundError as error:
         if error.name not in ("flows", "prefect", "dvc"):
             raise

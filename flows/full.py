@@ -7,7 +7,6 @@ for `prefect deployment run apiq/full`.
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +27,7 @@ from prefect.states import Completed, Failed, State
 from apiq.errors import ApiqError
 from apiq.overrides import leaves, override
 from apiq.params import Params
-from flows import ROOT
+from flows import ROOT, server
 from flows.board import Board
 from flows.pipeline import STAGES, gpu_slot, reproduce
 from flows.results import keep_report, metrics_rows, summary
@@ -101,12 +100,12 @@ def _publish(outcomes: dict[str, str], experiment: str | None, run: str) -> None
 
 
 def _main(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         sections = override({}, arguments)
     except ApiqError as error:
         print(error, file=sys.stderr)
         return 1
+    server.start()
     state = full(leaves(sections), return_state=True)
     return 0 if state.is_completed() else 1
 

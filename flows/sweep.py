@@ -22,7 +22,7 @@ from apiq.errors import ApiqError
 from apiq.sweeps import results
 from apiq.sweeps.cells import Cell, Local, Plan, plan
 from apiq.sweeps.outcome import Outcome
-from flows import ROOT
+from flows import ROOT, server
 from flows.board import Board
 from flows.cells import Bench, bench, run_cell
 from flows.processes import stop_all
@@ -73,6 +73,12 @@ def sweep(
         return Failed(message=str(error))
     create_markdown_artifact((on.folder.parent / "table.md").read_text(encoding="utf-8"), key=f"sweep-{planned.name}")
     return _verdict(planned, outcomes, on.folder.parent.relative_to(ROOT))
+
+
+def run_here(*arguments: Any) -> State:
+    """The flow in this process, whatever became of it."""
+    server.start()
+    return sweep(*arguments, return_state=True)
 
 
 @task(task_run_name="{cell.name}", cache_policy=NO_CACHE)

@@ -112,3 +112,14 @@ def test_an_interrupted_sweep_ends_what_its_cells_run(tmp_path: Path, monkeypatc
         child = int(lines.get(timeout=30))
         raise KeyboardInterrupt
     assert running.result(timeout=30) != 0 and not alive(child)
+
+
+def test_the_temporary_server_does_not_hear_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import server
+
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    begun = []
+    monkeypatch.setattr(server, "get_client", lambda sync_client: begun.append(signal.pthread_sigmask(0, ())))
+    server.start()
+    assert signal.SIGINT in begun[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(0, ())
