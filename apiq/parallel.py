@@ -1,7 +1,7 @@
-"""Several processes at one model: each holds a part of the windows of every batch, gradients and losses are added up.
+"""Several processes at one model: each holds a part of every batch, gradients and losses are added up.
 
-Started by `torchrun --nproc-per-node N`, which sets the environment that `join` reads. Until then,
-and with one process, nothing in this file does anything.
+Started by `torchrun --nproc-per-node N` or `accelerate launch --num_processes N`, which set the environment
+that `join` reads. Until then, and with one process, nothing in this file does anything.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ def add(value: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def sums(numbers: list[float], device: torch.device) -> list[float]:
+    """The sum of each number over all processes; `device` is that of this one."""
+    return numbers if size() == 1 else add(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
 
 
 def wait() -> None:

@@ -12,11 +12,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerState
 
+from apiq import parallel
 from apiq.adapters.pooled import Pooling
 from apiq.allocator import give_back_freed
 from apiq.checkpoint import manifest
 from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.loading import Loaded, load
+from apiq.device import pick_device
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import context_length
 from apiq.evaluation.run import rounded
@@ -49,7 +51,8 @@ def finetune(
     The adapters that training starts from (pooled ones with `finetune.pooled`) are a candidate too.
     Work in progress is kept in `apiq.work.work_folder`; the same call after a kill goes on from the
     last checkpoint and ends with the same bytes. What `finetune.tracking` writes goes to `tracking/` beside
-    `out`, so that `out` is the same with and without.
+    `out`, so that `out` is the same with and without. Several processes (`apiq.parallel`) divide the batches of
+    a step.
 
     Args:
         folder: a quantized or finetuned model with adapters.
@@ -64,11 +67,12 @@ def finetune(
 
     Raises:
         ApiqError: the folder has no adapters or is damaged, the data cannot be used, the adapters cannot be pooled,
-            or a loss is not finite (finished checkpoints are kept).
+            a step cannot be divided among the processes, or a loss is not finite (finished checkpoints are kept).
     """
     meter, folder, out = Meter(), Path(folder), Path(out)
+    device = parallel.join(pick_device(params.device))
     with borrowed(params.seed):
-        loaded = load(folder, dtype=params.dtype, device=params.device, trainable=True)
+        loaded = load(folder, dtype=params.dtype, device=str(device), trainable=True)
         if not isinstance(loaded.model, PeftModel):
             raise ApiqError(
                 f"{folder} has no adapters to train; quantize with a method that fits some: apiq-bw or apiq-lw."
@@ -79,7 +83,7 @@ def finetune(
         examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
         work = _work(folder, loaded, params, examples)
         pooling = Pooling(loaded.model, "finetune.pooled") if params.pooled else None
-        if pooling is not None:
+        if pooling is not None and parallel.rank() == 0:
             loaded.model.save_pretrained(str(work / POOLED))
         tracks = out.parent / TRACKING / f"{out.name}-{work.name[:8]}"
         trainer = AdapterTrainer(loaded.model, examples, params, work, progress, tracker(params, tracks), pooling)
@@ -87,9 +91,11 @@ def finetune(
         newest = newest_checkpoint(work)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     began = folder / "adapter" if pooling is None else work / POOLED
-    metrics = _write(out, began, loaded, examples, start, trainer.state, pooling)
-    shutil.rmtree(work)
-    return metrics | meter.reading()
+    if parallel.rank() == 0:
+        _write(out, began, loaded, examples, start, trainer.state, pooling)
+        shutil.rmtree(work)
+    parallel.wait()
+    return read_json(out / "metrics.json") | meter.reading()
 
 
 def _is_large(loaded: Loaded) -> bool:
@@ -104,9 +110,11 @@ def _work(folder: Path, loaded: Loaded, params: FinetuneParams, examples: Exampl
     work = work_folder(
         {"finetune": params.model_dump(exclude={"tracking"}), "code": code_version(), **inputs}
     ).resolve()
-    for checkpoint in work.glob("checkpoint-*"):
-        if not (checkpoint / COMPLETE).exists():
-            shutil.rmtree(checkpoint)
+    if parallel.rank() == 0:
+        for checkpoint in work.glob("checkpoint-*"):
+            if not (checkpoint / COMPLETE).exists():
+                shutil.rmtree(checkpoint)
+    parallel.wait()
     return work
 
 
@@ -118,10 +126,15 @@ def _content(folder: Path) -> dict[str, str]:
 def _start(trainer: AdapterTrainer, work: Path) -> float:
     """The held-out loss before the first step, measured once for all resumptions."""
     path = work / "start.json"
-    if not path.exists():
-        trainer.evaluate()
-        write_json(path, trainer.state.log_history.pop()["eval_loss"])
-    return read_json(path)
+    known = path.exists()
+    parallel.wait()
+    if known:
+        return read_json(path)
+    trainer.evaluate()
+    start = trainer.state.log_history.pop()["eval_loss"]
+    if parallel.rank() == 0:
+        write_json(path, start)
+    return start
 
 
 def _write(
@@ -132,8 +145,8 @@ def _write(
     start: float,
     state: TrainerState,
     pooling: Pooling | None,
-) -> dict[str, Any]:
-    """Write the best adapter, which may be the one in `began`, its manifest, log.csv and metrics.json; give these."""
+) -> None:
+    """Write the best adapter, which may be the one in `began`, its manifest, log.csv and metrics.json."""
     best, lowest = 0, start
     if state.best_metric is not None and state.best_metric < start:
         best, lowest = int(state.best_global_step or 0), state.best_metric
@@ -151,7 +164,6 @@ def _write(
         write_text(new / "log.csv", _log(start, state.log_history))
         write_json(new / "metrics.json", metrics)
         manifest.write(new, "finetuned", base=os.path.relpath(loaded.folder, out), data=examples.source)
-    return metrics
 
 
 def _write_adapter(folder: Path, source: Path, base: str) -> None:

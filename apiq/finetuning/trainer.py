@@ -1,7 +1,8 @@
-"""The transformers Trainer on one device: resumable, silent, with a held-out loss that is a plain mean over tokens."""
+"""The transformers Trainer, resumable and silent, with a held-out loss that is a plain mean over tokens."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.import_utils import is_bitsandbytes_available
 
+from apiq import parallel
 from apiq.adapters.pooled import Pooling
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
@@ -65,7 +67,8 @@ class AdapterTrainer(Trainer):
     def held_out_loss(self) -> float:
         """Mean cross-entropy, in nats, of all held-out tokens that have a label and a predecessor.
 
-        It is that of the model below the tuner: AdaLoRA adds its regularization to the loss above.
+        It is that of the model below the tuner: AdaLoRA adds its regularization to the loss above. Of several
+        processes each takes every so many batches.
         """
         assert isinstance(self.model, PeftModel)
         self.model.eval()
@@ -75,12 +78,14 @@ class AdapterTrainer(Trainer):
             with self.accelerator.autocast():
                 losses.append(float(self.model.get_base_model()(**batch).loss) * count)
             tokens += count
-        return math.fsum(losses) / tokens
+        loss, tokens = parallel.sums([math.fsum(losses), tokens], self.args.device)
+        return loss / tokens
 
     def _held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         size, own = self.args.per_device_eval_batch_size, torch.Generator()  # or the loader draws from the global one
         data, merge = self.eval_dataset, self.data_collator
-        for batch in DataLoader(data, batch_size=size, collate_fn=merge, generator=own):  # pyright: ignore[reportArgumentType]
+        batches = DataLoader(data, batch_size=size, collate_fn=merge, generator=own)  # pyright: ignore[reportArgumentType]
+        for batch in itertools.islice(batches, parallel.rank(), None, parallel.size()):
             yield self._prepare_inputs(batch)
 
 
@@ -111,7 +116,9 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert args.output_dir is not None
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        parallel.wait()  # every process writes the state of its random numbers
+        if parallel.rank() == 0:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class _Settle(TrainerCallback):
@@ -143,6 +150,11 @@ def _arguments(params: FinetuneParams, work: Path) -> TrainingArguments:
             f"finetune.device is {device}; the Trainer takes the first GPU that it sees, "
             f"so set it to cuda and the environment variable CUDA_VISIBLE_DEVICES to {device.index}."
         )
+    if params.accumulation % parallel.size():
+        raise ApiqError(
+            f"finetune.accumulation is {params.accumulation}; it must be a multiple of {parallel.size()}, the number "
+            "of processes, which divide the batches of a step."
+        )
     if params.optimizer != "adamw" and not is_bitsandbytes_available():
         raise ApiqError(
             f"finetune.optimizer is {params.optimizer}, which needs bitsandbytes; pip install bitsandbytes, "
@@ -153,7 +165,8 @@ def _arguments(params: FinetuneParams, work: Path) -> TrainingArguments:
         num_train_epochs=params.epochs,
         per_device_train_batch_size=params.batch_size,
         per_device_eval_batch_size=params.batch_size,
-        gradient_accumulation_steps=params.accumulation,
+        gradient_accumulation_steps=params.accumulation // parallel.size(),
+        ddp_broadcast_buffers=False,  # the packed weights, which no process changes
         optim=OPTIMIZERS[params.optimizer],
         learning_rate=params.learning_rate,
         lr_scheduler_type=params.schedule if params.schedule != "constant" else "constant_with_warmup",
