@@ -176,3 +176,26 @@ def test_a_loaded_model_needs_its_folder_no_more(make):
     shutil.rmtree(out)
     assert loaded.tokenizer("w3 w5").input_ids
     assert loaded.model(torch.tensor([[3, 5]])).logits.isfinite().all()
+
+
+def test_it_is_compiled_placed_and_checkpointed_like_any_model_of_transformers(make, windows):
+    """The backend without code generation: it traces as the others do and needs no compiler."""
+    folder, _ = make()
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    placed = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    expected = plain(windows).logits
+    torch.testing.assert_close(placed(windows).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.compile(plain, backend="aot_eager")(windows).logits, expected, rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+    gradients = []
+    for checkpointing in (False, True):
+        model = PeftModel.from_pretrained(plain, folder / "adapter", is_trainable=True).train()
+        if checkpointing:
+            plain.activation_checkpointing_enable()
+            plain.enable_input_require_grads()
+        model(input_ids=windows, labels=windows).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        plain = model.unload()
+    assert len(gradients[0]) == 28
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
