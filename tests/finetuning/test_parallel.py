@@ -43,7 +43,7 @@ def test_two_processes_equal_one(quantized, params, tmp_path, work, launcher):
     alone, together = tmp_path / "alone", tmp_path / "together"
     finetune(quantized, params, alone)
     run(quantized, params, together, launcher)
-    one, two = ([*csv.DictReader(open(folder / "log.csv"))] for folder in (alone, together))
+    one, two = ([*csv.DictReader((folder / "log.csv").read_text().splitlines())] for folder in (alone, together))
     assert len(one) == len(two) == 13
     for ours, theirs in zip(one, two, strict=True):
         for column in ("loss", "held_out_loss", "learning_rate"):
