@@ -17,7 +17,17 @@ from apiq.errors import ApiqError
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the processes that this one was started with, by NCCL between GPUs and gloo between CPUs; its device."""
+    """Join the processes that this one was started with, by NCCL between GPUs and gloo between CPUs; its device.
+
+    Raises:
+        ApiqError: accelerate was told to divide the model itself.
+    """
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise ApiqError(
+                f"accelerate is set to {kind}, which divides a model; packed weights stay whole in every process: "
+                "launch with --multi_gpu, or choose plain multi-GPU in `accelerate config`."
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
         return device
     if device.type == "cuda" and device.index is None:

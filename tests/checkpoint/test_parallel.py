@@ -73,3 +73,10 @@ def test_what_cannot_be_divided_evenly_is_refused(monkeypatch, count, batch, fie
     monkeypatch.setattr(parallel, "size", lambda: 2)
     with pytest.raises(ApiqError, match=field):
         parallel.share(torch.zeros(count, 5, dtype=torch.long), batch)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_dividing_the_model_is_refused(monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ApiqError, match=f"accelerate is set to {kind}"):
+        parallel.join(torch.device("cpu"))
