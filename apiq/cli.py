@@ -37,7 +37,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
     method: Annotated[str | None, field(QuantizeParams, "method")] = None,
     recipe: Annotated[str | None, field(QuantizeParams, "recipe")] = None,
-    bits: Annotated[int | None, field(QuantizeParams, "bits")] = None,
+    bits: Annotated[float | None, field(QuantizeParams, "bits")] = None,
     group_size: Annotated[int | None, field(QuantizeParams, "group_size")] = None,
     target_bits: Annotated[float | None, field(QuantizeParams, "target_bits", default="none")] = None,
     symmetric: Annotated[bool | None, field(QuantizeParams, "symmetric", "--symmetric/--asymmetric")] = None,

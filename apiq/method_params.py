@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
+from apiq.grids.levels import TERNARY
+from apiq.refusals import require
 from apiq.section import Positive, Rate, Section
 
 Method = Literal[
     "rtn", "gptq", "awq", "omniquant", "qlora", "gptq-lora", "loftq", "lq-lora", "closed-form", "apiq-lw", "apiq-bw"
 ]
-Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+def _whole_or_ternary(bits: float) -> int | float:
+    """Whole numbers as such; pydantic would write a field of type float as 2.0 and refuse a union by a longer path."""
+    require(bits == TERNARY or bits == int(bits), "", bits, f"a whole number from 1 to 8, or {TERNARY} (ternary)")
+    return bits if bits == TERNARY else int(bits)
+
+
+Bits = Annotated[float, Field(ge=1, le=8), AfterValidator(_whole_or_ternary), PlainSerializer(_whole_or_ternary)]
 GroupSize = Annotated[int, Field(ge=0)]
 Symmetry = Literal[False, True, "balanced"]
 WITHOUT_ADAPTERS = frozenset({"rtn", "gptq", "awq", "omniquant"})

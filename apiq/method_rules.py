@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apiq.adapters.tuners import TUNERS
+from apiq.grids.levels import TERNARY
 from apiq.method_params import NORMAL_FLOAT_BITS
 from apiq.refusals import require
 
@@ -26,7 +27,7 @@ def combinations(params: QuantizeParams) -> None:
     if params.target_bits is not None:
         low, high = NORMAL_FLOAT_BITS if params.normal_float else (2 if params.symmetric is True else 1, 8)
         asked = params.candidate_bits
-        fits = all(low <= bits <= high for bits in asked)
+        fits = all(low <= bits <= high or (bits == TERNARY and not params.normal_float) for bits in asked)
         require(fits, "candidate_bits", asked, f"{low} to {high} for these levels")
     fitted = params.method in ("loftq", "lq-lora", "closed-form")
     if fitted or (params.start == "closed-form" and params.method in ("apiq-lw", "apiq-bw")):

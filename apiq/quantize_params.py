@@ -45,7 +45,7 @@ class QuantizeParams(Section):
     gptq-lora. Weight-preserving: loftq, lq-lora. Activation-preserving: closed-form, apiq-lw (Algorithm 1, layer by
     layer), apiq-bw (block by block)."""
     bits: Bits = 2
-    """Bits of a code, b."""
+    """Bits of a code, b: 1 to 8, or 1.58 for the three levels -s, 0 and s."""
     group_size: GroupSize = 64
     """Weights that share a scale and a zero point, g; 0 for one group a row. Need not divide the width."""
     target_bits: Annotated[float, Field(gt=0, le=16)] | None = None
@@ -60,7 +60,7 @@ class QuantizeParams(Section):
     whole model on the calibration windows, or the same everywhere."""
     symmetric: Symmetry = False
     """Fixed zero point instead of one a group: true is 2^(b-1); balanced (-S quantize.symmetric=balanced) is
-    (2^b - 1) / 2, with as many levels below 0 as above and none at 0."""
+    (2^b - 1) / 2, with as many levels below 0 as above and none at 0. 1.58 bits are -s, 0 and s whatever it says."""
     rank: Positive = 64
     """Rank r of the adapters A (in x r) and B (out x r), or what sets the size of another kind of adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16.0

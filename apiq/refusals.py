@@ -29,7 +29,7 @@ _PATTERNS = {
 
 
 def require(holds: bool, key: str, value: Any, allowed: str) -> None:
-    """Refuse a combination of fields inside a pydantic validator.
+    """Refuse a combination of fields inside a pydantic validator, or the field of which it is the validator (no `key`).
 
     Raises:
         ValueError: `holds` is false; `sentence` knows how to read it.
@@ -50,7 +50,7 @@ def sentence(refusal: ValidationError, root: type[BaseModel]) -> str:
         return f"{path} is missing."
     if error["type"] == "value_error" and message.count("|") >= 2:
         key, value, allowed = message.split("|", 2)
-        return f"{'.'.join([*map(str, location), key])} is {value}; it should be {allowed}."
+        return f"{'.'.join(filter(None, [*map(str, location), key]))} is {value}; it should be {allowed}."
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"{path} is {_shown(error['input'])}; it should be a section of key: value lines."
     if error["type"] == "invalid_key":

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, nargs="+", help="texts to measure perplexity on: PATH or NAME=PATH")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument("--bits", type=float, nargs="+", default=[2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     refined = ["best, refined"]
@@ -113,7 +113,7 @@ def _wanted(methods: list[str], first: bool) -> list[str]:
     return [f"{name}, refined" if f"{name}, refined" in methods else name for name in names]
 
 
-def _run(chosen: argparse.Namespace, windows: Tensor, cell: dict[str, int], name: str, add: Any) -> None:
+def _run(chosen: argparse.Namespace, windows: Tensor, cell: dict[str, Any], name: str, add: Any) -> None:
     """Quantize by a method, and refine where it is asked for; a row for each."""
     method, _, more = name.partition(", ")
     given = {"group_size": chosen.group_size, "device": "cpu", **cell, **METHODS[method]}

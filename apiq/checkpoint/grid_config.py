@@ -11,6 +11,7 @@ from typing import Any
 
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
+from apiq.grids.levels import TERNARY
 from apiq.grids.normal_float import NormalFloat
 
 
@@ -26,13 +27,18 @@ def grid_of(config: Mapping[str, Any]) -> Grid:
     """The grid of all linears but the exceptions; without `levels`, as in format 1, it is an affine one.
 
     Raises:
-        ApiqError: its symmetry is none that is known.
+        ApiqError: its bits or its symmetry are none that are known.
     """
     bits, group_size = config["bits"], config["group_size"]
     if config.get("levels") == "normal-float":
         return NormalFloat(bits, group_size, double=config["double_quantization"])
     if config["symmetric"] not in (False, True, "balanced"):
         raise ApiqError(f"symmetric in config.json is {config['symmetric']!r}; it should be false, true or balanced.")
+    if bits not in (*range(1, 9), TERNARY) or (bits == TERNARY and config["symmetric"] is not True):
+        raise ApiqError(
+            f"bits in config.json is {bits} where symmetric is {config['symmetric']}; it should be a whole number from "
+            f"1 to 8, or {TERNARY} where symmetric is true."
+        )
     return Grid(bits, group_size, config["symmetric"], config.get("offsets", False))
 
 

@@ -9,8 +9,9 @@ from apiq.errors import ApiqError
 from apiq.files import read_json, sha256, sha256_folder, write_json
 
 NAME = "apiq.json"
-FORMAT = 4
-"""Version of the format; 2 brought other grids than the affine one, 3 grids by linear, 4 the balanced grid and offsets.
+FORMAT = 5
+"""Version of the format; 2 brought other grids than the affine one, 3 grids by linear, 4 the balanced grid and offsets,
+5 the ternary grid.
 
 Older ones can be read."""
 UNGUARDED = (NAME, "README.md", ".gitignore", ".gitattributes")

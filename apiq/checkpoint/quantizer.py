@@ -26,7 +26,7 @@ class ApiqConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        bits: int,
+        bits: float,
         group_size: int,
         symmetric: bool | Literal["balanced"],
         blocks: str,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apiq.errors import ApiqError
-from apiq.exports.rules import common_group_size, require_uniform, require_whole_zeros
+from apiq.exports.rules import common_group_size, require_bits, require_uniform, require_whole_zeros
 from apiq.exports.shards import each, write_folder
 from apiq.exports.source import Linear, Source
 from apiq.grids.affine import Grid
@@ -33,6 +33,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
     require_uniform(source, NAME)
     require_whole_zeros(source, NAME)
     for grid in set(source.grids.values()):
+        require_bits(grid, NAME, range(1, 9))
         common_group_size(source, NAME, grid)
     _require_fusable(source)
     source.unpacked_linears()

@@ -42,7 +42,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
     require_uniform(source, "GGUF")
     for name, (_, in_features) in source.shapes.items():
         grid = source.grids[name]
-        if fitting(grid) is None:
+        if fitting(grid, in_features) is None:
             raise ApiqError(
                 f"no type of GGUF holds the codes of {grid.bits} bits less their zero points exactly; quantize with "
                 "quantize.symmetric: true, or with quantize.bits of 7 or less."
@@ -67,7 +67,8 @@ def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
     architecture = _architecture(source)
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
     _add_metadata(writer, config)
-    usual = Counter(map(fitting, source.grids.values())).most_common(1)[0][0]
+    kinds = Counter(fitting(source.grids[name], in_features) for name, (_, in_features) in source.shapes.items())
+    usual = kinds.most_common(1)[0][0]
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{usual}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, source.folder, config.vocab_size)
@@ -135,7 +136,7 @@ def _add_metadata(writer: Any, config: Any) -> None:
 def _add_linear(writer: Any, name: str, linear: Linear, config: Any, architecture: str) -> None:
     import gguf
 
-    kind = fitting(linear.grid)
+    kind = fitting(linear.grid, linear.packed.in_features)
     assert kind is not None
     codes, s, z = (_permuted(part, linear.name, config, architecture) for part in linear.parts)
     data = blocks(codes, s, z, linear.grid, kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from apiq.errors import ApiqError
 from apiq.exports.source import Source
 from apiq.grids.affine import Grid
@@ -55,7 +57,7 @@ def one_grid(source: Source, format: str) -> Grid:
     return next(iter(found))
 
 
-def require_bits(grid: Grid, format: str, allowed: tuple[int, ...]) -> None:
+def require_bits(grid: Grid, format: str, allowed: Collection[int]) -> None:
     """Refuse widths that the format does not know.
 
     Raises:

@@ -3,6 +3,8 @@
 Letters as in the paper: W (out, in) a weight, s (out, G) scales, z (out, G) zero points, g the
 group size, G = ceil(in / g) groups a row, b bits, codes in 0 .. 2^b - 1, Q = s (codes - z).
 
+On the ternary grid, of TERNARY = 1.58 bits, codes are in 0 .. 2 and z = 1: the levels are -s, 0 and s.
+
 On the balanced grid, SEQ of ParetoQ (arXiv 2502.02631), z = (2^b - 1) / 2 lies halfway between two whole numbers: the
 levels are +-s/2, +-3s/2, ..., as many on either side of 0, and 0 is none of them.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from apiq.grids import sweeps
+from apiq.grids.levels import TERNARY, levels
 
 SCALE_DTYPE = torch.float16
 """Scales are stored, and therefore trained, in this precision."""
@@ -27,21 +30,29 @@ SMALLEST_SCALE = 2.0**-24
 
 @dataclass(frozen=True)
 class Grid:
-    """A choice of bits, group size and symmetry."""
+    """A choice of bits, group size and symmetry.
 
-    bits: int
-    """Bits of a code, b."""
+    Raises:
+        ValueError: TERNARY bits without `symmetric`.
+    """
+
+    bits: float
+    """Bits of a code, b: 1 to 8, or TERNARY for the levels -s, 0 and s."""
     group_size: int
     """Consecutive inputs that share a scale, g; 0 for one group a row. The last group may be shorter."""
     symmetric: bool | Literal["balanced"]
-    """Fixed zero point instead of one per group: 2^(b-1), or (2^b - 1) / 2 where it is balanced."""
+    """Fixed zero point instead of one per group: 2^(b-1), or (2^b - 1) / 2 where it is balanced. True if ternary."""
     offsets: bool = False
     """A float32 number o for each group besides, Q = s (codes - z) + o: what a pooled adapter was merged into."""
 
+    def __post_init__(self) -> None:
+        if self.bits == TERNARY and self.symmetric is not True:
+            raise ValueError(f"a grid of {TERNARY} bits is symmetric, not {self.symmetric!r}")
+
     @property
     def top(self) -> int:
-        """The largest code, 2^b - 1."""
-        return 2**self.bits - 1
+        """The largest code, 2^b - 1 or, ternary, 2."""
+        return levels(self.bits) - 1
 
     @property
     def balanced(self) -> bool:
@@ -51,12 +62,12 @@ class Grid:
     @property
     def zero(self) -> float:
         """The fixed zero point of a symmetric grid."""
-        return self.top / 2 if self.balanced else 2.0 ** (self.bits - 1)
+        return self.top / 2 if self.balanced else float(levels(self.bits) // 2)
 
     @property
     def steps(self) -> int:
-        """Steps s in a range: between its outermost levels or, balanced, between the bounds of their cells."""
-        return self.top + self.balanced
+        """Steps s in a range: between its outer levels or, where 0 is their middle, between the ends of their cells."""
+        return self.top + (self.zero == self.top / 2)
 
     def width(self, in_features: int) -> int:
         """The group size in use for a row of `in_features` weights."""
@@ -99,7 +110,8 @@ def scale_and_zero(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     Asymmetric (section 4.3): s = (high - low) / (2^b - 1), z = round(-low / s) within 0 .. 2^b - 1.
     Symmetric: s = 2 max(|low|, |high|) / (2^b - 1), z = 2^(b-1), the zero point that symmetric
     kernels assume. Balanced: s = 2 max(|low|, |high|) / 2^b, so that 2^b cells of one width fill the range, each with
-    its level in the middle. s is rounded to float16 with a straight-through gradient; z carries none.
+    its level in the middle; ternary s = 2 max(|low|, |high|) / 3 for the same reason, and z = 1.
+    s is rounded to float16 with a straight-through gradient; z carries none.
     """
     if grid.symmetric:
         s = _storable(2 * torch.maximum(high, -low) / grid.steps)

@@ -49,13 +49,13 @@ def scales(W: Tensor, grid: NormalFloat) -> Tensor:
 
 def encode(W: Tensor, s: Tensor, grid: NormalFloat) -> Tensor:
     """The number of the level nearest to W / s, uint8 (out, in)."""
-    codes = nearest(grouped(W.float(), grid) / s.unsqueeze(-1), levels(grid.bits, W.device))
+    codes = nearest(grouped(W.float(), grid) / s.unsqueeze(-1), levels(int(grid.bits), W.device))
     return ungrouped(codes, W.shape[1])
 
 
 def decode(codes: Tensor, s: Tensor, grid: NormalFloat) -> Tensor:
     """Q = s levels[codes], (out, in), in the dtype of s."""
-    values = levels(grid.bits, codes.device).to(s.dtype)[codes.int()]
+    values = levels(int(grid.bits), codes.device).to(s.dtype)[codes.int()]
     return ungrouped(grouped(values, grid) * s.unsqueeze(-1), codes.shape[1])
 
 

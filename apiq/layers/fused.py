@@ -63,8 +63,8 @@ def product(linear: PackedLinear, X: Tensor) -> Tensor:
     from apiq.layers.decode import decode
 
     zeros = None if linear.grid.symmetric else linear.zeros
-    flat, width = X.reshape(-1, linear.in_features), linear.grid.width(linear.in_features)
-    Y = decode(flat, linear.codes, linear.scales, zeros, linear.bias, linear.grid.bits, width, linear.grid.balanced)
+    flat, width, bits = X.reshape(-1, linear.in_features), linear.grid.width(linear.in_features), int(linear.grid.bits)
+    Y = decode(flat, linear.codes, linear.scales, zeros, linear.bias, bits, width, linear.grid.balanced)
     return Y.view(*X.shape[:-1], linear.out_features)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from apiq.blocks.problem import Problem
 from apiq.grids import affine, normal_float
 from apiq.grids.affine import Grid
+from apiq.grids.levels import TERNARY
 from apiq.grids.normal_float import NormalFloat
 from apiq.layers.packed import PackedLinear
 from apiq.params import QuantizeParams
@@ -19,7 +20,7 @@ def grid_of(params: QuantizeParams) -> Grid:
         double = {"qlora": params.qlora, "lq-lora": params.lq_lora}.get(params.method)
         double = double is not None and double.double_quantization
         return NormalFloat(params.bits, params.group_size, double=double)
-    return Grid(params.bits, params.group_size, params.symmetric)
+    return Grid(params.bits, params.group_size, params.bits == TERNARY or params.symmetric)
 
 
 def grid_in(problem: Problem, name: str, params: QuantizeParams) -> Grid:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apiq.grids.affine import Grid
+from apiq.grids.levels import TERNARY
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.params import FinetuneParams, QuantizeParams
 from apiq.planning.forecast import Costs, fit, two_sizes
@@ -86,7 +87,8 @@ class Calibration:
     def _narrowing(self) -> int:
         """How many times narrower the trial must be so that packing its block does not take all the time."""
         linear = nn.Linear(SAMPLE, SAMPLE, bias=False, device=self.device)
-        fake = FakeQuantLinear(linear, Grid(self.params.bits, self.params.group_size, False))
+        bits = self.params.bits
+        fake = FakeQuantLinear(linear, Grid(bits, self.params.group_size, bits == TERNARY))
         fake.packed()
         begin = time.process_time()
         fake.packed()

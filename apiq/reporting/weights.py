@@ -37,7 +37,7 @@ class LinearShape:
     adapters: dict[str, Histogram]
     """Of `A` and `B` on common bins; empty without adapters."""
     codes: np.ndarray
-    """Share of the weights that have each code, (2^bits)."""
+    """Share of the weights that have each code, (levels)."""
     error_without: float | None
     """||W - Q|| / ||W|| (Frobenius); None without W."""
     error_with: float | None
@@ -75,7 +75,7 @@ def _shape(name: str, found: LinearWeights, W: Tensor | None) -> LinearShape:
         name,
         _histograms(weights),
         _histograms(adapters),
-        torch.bincount(found.codes.flatten().long(), minlength=2**found.grid.bits).numpy() / found.codes.numel(),
+        torch.bincount(found.codes.flatten().long(), minlength=found.grid.top + 1).numpy() / found.codes.numel(),
         None if W is None else float((W - found.Q).norm() / W.norm()),
         None if W is None or not adapters else float((W - found.Q - weights["A Bᵀ"]).norm() / W.norm()),
     )

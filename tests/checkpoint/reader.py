@@ -11,7 +11,7 @@ from safetensors import safe_open
 def read(folder):
     """The dequantized weight (out, in) of every packed linear, float32, by name."""
     manifest = json.loads((folder / "apiq.json").read_text())
-    assert manifest["format"] <= 4 and manifest["kind"] == "quantized"
+    assert manifest["format"] <= 5 and manifest["kind"] == "quantized"
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -36,22 +36,22 @@ def dequantized(tensors, config, shape):
     s = s.astype(np.float32)[:, group]
     if config.get("levels") == "normal-float":
         return s * normal_float_levels(b)[codes]
-    fixed = (2**b - 1) / 2 if config["symmetric"] == "balanced" else 2 ** (b - 1)
+    fixed = (2**b - 1) / 2 if config["symmetric"] == "balanced" else 1 if b == 1.58 else 2 ** (b - 1)
     z = fixed if config["symmetric"] else unpacked(tensors["zeros"], b, group[-1] + 1)[:, group]
-    Q = s * (codes - z).astype(np.float32)
-    return Q + tensors["offsets"][:, group] if "offsets" in tensors else Q
+    return s * (codes - z).astype(np.float32) + (tensors["offsets"][:, group] if "offsets" in tensors else 0)
 
 
-def unpacked(words, b, count):
-    bits = np.unpackbits(words.astype("<i4").view(np.uint8), axis=1, bitorder="little")[:, : count * b]
-    return bits.reshape(len(words), count, b) @ (1 << np.arange(b))
+def unpacked(words, b, n):
+    if b == 1.58:
+        return (unpacked(words, 8, -(-n // 5))[..., None] // 3 ** np.arange(5) % 3).reshape(len(words), -1)[:, :n]
+    bits = np.unpackbits(words.astype("<i4").view(np.uint8), axis=1, bitorder="little")[:, : n * b]
+    return bits.reshape(len(words), n, b) @ (1 << np.arange(b))
 
 
 def normal_float_levels(b):
     n, quantile = 2 ** (b - 1), NormalDist().inv_cdf
     above, below = ([quantile(p) for p in np.linspace(0.9677083, 0.5, k + 1)[:-1]] for k in (n, n - 1))
-    levels = np.sort([*above, 0.0, *(-level for level in below)])
-    return (levels / levels.max()).astype(np.float32)
+    return (np.sort([*above, 0.0, *(-level for level in below)]) / max(above)).astype(np.float32)
 
 
 def scale_levels():

@@ -20,7 +20,7 @@ from apiq.quantization import quantize
 
 SETTINGS = list(itertools.product((1, 2, 3, 4, 8), (False, True), (16, 0)))
 """All bits, symmetry and group size; 16 does not divide the widths."""
-SETTINGS += [(1, "balanced", 16), (3, "balanced", 0)]
+SETTINGS += [(1, "balanced", 16), (3, "balanced", 0), (1.58, False, 16)]
 SMALL = {"rank": 2, "epochs": 1, "batch_size": 2, "adapter_targets": ["q_proj", "down_proj"]}
 
 
@@ -78,9 +78,12 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("bits", [1, 1.58])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_one_balanced_bit_runs_with_every_option_of_the_grid(narrow, tmp_path, work, monkeypatch, options):
-    settings = {**SMALL, "bits": 1, "symmetric": "balanced", "group_size": 16, **options}
+def test_few_levels_without_zero_points_run_with_every_option_of_the_grid(
+    narrow, tmp_path, work, monkeypatch, options, bits
+):
+    settings = {**SMALL, "bits": bits, "symmetric": "balanced", "group_size": 16, **options}
     agree_when_reloaded(narrow, tmp_path, monkeypatch, settings)
 
 

@@ -27,6 +27,7 @@ from tests.checkpoint import reader
 AFFINE = st.builds(
     Grid, st.integers(1, 8), st.integers(0, 70), st.sampled_from([False, True, "balanced"]), st.booleans()
 )
+TERNARY = st.builds(Grid, st.just(1.58), st.integers(0, 70), st.just(True), st.booleans())
 NORMAL = st.builds(NormalFloat, st.integers(2, 4), st.integers(0, 70), double=st.booleans())
 
 
@@ -35,7 +36,7 @@ def same_bits(ours, theirs):
 
 
 @settings(max_examples=60)
-@given(st.one_of(AFFINE, NORMAL), st.integers(1, 40), st.integers(1, 140), st.integers(0, 2**20))
+@given(st.one_of(AFFINE, NORMAL, TERNARY), st.integers(1, 40), st.integers(1, 140), st.integers(0, 2**20))
 def test_a_reader_of_the_page_gives_the_weights_of_every_grid(grid, rows, columns, seed):
     linear = torch.nn.Linear(columns, rows)
     torch.nn.init.normal_(linear.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -54,6 +55,7 @@ def test_a_reader_of_the_page_gives_the_weights_of_every_grid(grid, rows, column
         {"method": "gptq", "bits": 4, "symmetric": True},
         {"method": "apiq-bw", "bits": 1, "symmetric": "balanced"},
         {"method": "qlora", "bits": 4},
+        {"method": "closed-form", "bits": 1.58, "group_size": 43},
         {"method": "lq-lora", "target_bits": 3.7, "candidate_group_sizes": [16, 32]},
     ],
     ids=lambda values: values["method"],

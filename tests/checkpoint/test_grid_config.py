@@ -9,7 +9,7 @@ from apiq.grids.affine import Grid
 from apiq.grids.normal_float import NormalFloat
 
 GRIDS = [Grid(2, 64, False), Grid(3, 0, True), NormalFloat(4, 32), NormalFloat(2, 0, double=True)]
-GRIDS.append(Grid(1, 32, "balanced"))
+GRIDS += [Grid(1, 32, "balanced"), Grid(1.58, 43, True)]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -23,6 +23,12 @@ def test_a_grid_is_read_as_it_was_written(grid):
 def test_a_symmetry_that_is_not_known_is_refused():
     with pytest.raises(ApiqError, match=r"symmetric in config\.json is 'skewed'; it should be false, true or balanced"):
         grid_of({**described(Grid(2, 64, True)), "symmetric": "skewed"})
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(1.6, True), (9, False), (1.58, False), (1.58, "balanced")])
+def test_bits_that_are_not_known_are_refused(bits, symmetric):
+    with pytest.raises(ApiqError, match=r"bits in config\.json is 1\.\d+|bits in config\.json is 9"):
+        grid_of({**described(Grid(2, 64, True)), "bits": bits, "symmetric": symmetric})
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -43,7 +43,7 @@ def test_a_target_of_bits_is_met_by_every_method_and_read_back(make, method):
         grids[name] = stored.grid
         assert module.grid == stored.grid and stored.grid in choices
         torch.testing.assert_close(module.dequantized(), stored.Q)
-        assert int(stored.codes.max()) < 2**stored.grid.bits
+        assert int(stored.codes.max()) <= stored.grid.top
     for layer in ("model.layers.0", "model.layers.1"):
         assert len({grids[f"{layer}.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")}) == 1
         assert grids[f"{layer}.mlp.gate_proj"] == grids[f"{layer}.mlp.up_proj"]
@@ -54,6 +54,12 @@ def test_balanced_grids_of_one_to_three_bits_share_a_target(make):
     assert 2.0 - 0.25 < model_bits(folder) <= 2.0 and effective_bits(folder).zeros == 0
     grids = {linear(folder, name).grid for name in linear_names(folder)}
     assert len(grids) > 1 and all(grid.balanced for grid in grids) and 1 in {grid.bits for grid in grids}
+
+
+def test_the_ternary_grid_is_a_candidate_whatever_the_symmetry_of_the_others(make):
+    folder, _ = make(method="rtn", target_bits=2.3, candidate_bits=[1.58, 2], symmetric=True, sensitivity="none")
+    assert 2.2 < model_bits(folder) <= 2.3 and effective_bits(folder).zeros == 0
+    assert {linear(folder, name).grid.bits for name in linear_names(folder)} == {1.58, 2}
 
 
 def test_what_engines_fuse_is_tied():

@@ -22,7 +22,7 @@ from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.layers.packed import PackedLinear
 
 CASES = [(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (0, 32, 43, 64) for symmetric in (False, True)]
-CASES += [(1, 32, "balanced"), (2, 43, "balanced"), (4, 0, "balanced")]
+CASES += [(1, 32, "balanced"), (2, 43, "balanced"), (4, 0, "balanced"), (1.58, 43, False)]
 
 
 @pytest.fixture

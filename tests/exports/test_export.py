@@ -18,6 +18,7 @@ DENSE = [
     {"bits": 3, "group_size": 43},
     {"method": "qlora", "bits": 4},
     {"bits": 1, "symmetric": "balanced"},
+    {"bits": 1.58, "group_size": 43},
     {"method": "lq-lora", "target_bits": 3.7, "candidate_group_sizes": [16, 32]},
 ]
 
@@ -85,6 +86,8 @@ REFUSED = [
         r"^GPTQ v1 has whole zero points only, .* quantize\.symmetric: true or false",
     ),
     ("awq", {"symmetric": "balanced"}, {}, r"^AWQ has whole zero points only, .* quantize\.symmetric: true or false"),
+    ("compressed-tensors", {"bits": 1.58}, {}, r"7, 8 bits, the model has 1\.58; .*quantize\.bits"),
+    ("gptq-v2", {"bits": 1.58}, {}, r"2, 3, 4, 8 bits, the model has 1\.58"),
     ("dense", {}, {"dtype": "int8"}, r"dtype is 'int8'"),
     ("onnx", {}, {}, r"there is no format onnx; there are compressed-tensors"),
 ]

@@ -47,7 +47,7 @@ def llama(tmp_path_factory):
 @given(st.integers(1, 8), st.sampled_from([False, True, "balanced"]), st.sampled_from([32, 64]), st.integers(0, 2**20))
 def test_blocks_give_back_the_very_weights(bits, symmetric, width, seed):
     grid = Grid(bits, width, symmetric)
-    kind = fitting(grid)
+    kind = fitting(grid, 128)
     if kind is None:
         assert bits == 8 and symmetric is not True
         return
@@ -59,7 +59,20 @@ def test_blocks_give_back_the_very_weights(bits, symmetric, width, seed):
     assert np.array_equal(read, affine.decode(codes, s, z, grid).numpy())
 
 
+@pytest.mark.parametrize(("width", "kind"), [(32, "Q4_0"), (256, "TQ1_0"), (0, "TQ1_0"), (384, "Q4_0")])
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e4])
+def test_ternary_blocks_give_back_the_very_weights(width, kind, size):
+    grid, W = Grid(1.58, width, True), size * torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
+    W[0, :256] = 0
+    s, z = affine.scale_and_zero(*affine.extrema(W, grid), grid)
+    codes = affine.encode(W, s, z, grid)
+    assert fitting(grid, 768) == kind
+    read = gguf.quants.dequantize(blocks(codes, s, z, grid, kind), getattr(gguf.GGMLQuantizationType, kind))
+    assert np.array_equal(read, affine.decode(codes, s, z, grid).numpy())
+
+
 CASES = [(2, False, "Q4_0"), (4, False, "Q5_0"), (8, True, "Q8_0"), (1, "balanced", "Q4_0"), (4, "balanced", "Q5_0")]
+CASES += [(1.58, False, "Q4_0")]
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "kind"), CASES)

@@ -27,6 +27,7 @@ GRIDS = {
     "short last group": {"bits": 2, "group_size": 24},
     "a row": {"bits": 3, "group_size": 0, "symmetric": True, "adapter": "rslora"},
     "balanced": {"bits": 2, "group_size": 24, "symmetric": "balanced"},
+    "ternary": {"bits": 1.58, "group_size": 24},
     "some linears": {"bits": 2, "adapter_targets": ["q_proj", "down_proj"]},
     "mixed": {"bits": 2, "target_bits": 3.6, "candidate_group_sizes": [24, 40], "sensitivity": "none"},
 }

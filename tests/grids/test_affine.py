@@ -17,12 +17,14 @@ from apiq.grids.affine import (
     scale_and_zero,
     ungrouped,
 )  # fmt: skip
+from apiq.grids.levels import TERNARY
 
 SYMMETRIES = [False, True, "balanced"]
 WIDTHS = st.sampled_from([0, 1, 7, 32, 43, 64, 500])
 grids = st.one_of(
     st.builds(Grid, bits=st.integers(2, 8), group_size=WIDTHS, symmetric=st.booleans()),
     st.builds(Grid, bits=st.integers(1, 8), group_size=WIDTHS, symmetric=st.just("balanced")),
+    st.builds(Grid, bits=st.just(TERNARY), group_size=WIDTHS, symmetric=st.just(True)),
 )
 
 
@@ -137,20 +139,41 @@ def test_one_balanced_bit_is_the_sign():
     assert torch.equal(fake_quantize(W, s, z, grid), ungrouped(grouped(W, grid).sign() * s.unsqueeze(-1) / 2, 100))
 
 
+@given(group=WIDTHS, seed=st.integers(0, 1000))
+@settings(max_examples=30)
+def test_the_ternary_grid_has_a_step_either_side_of_0_and_fills_the_range(group, seed):
+    grid, W = Grid(TERNARY, group, True), weight(seed)
+    s, z = scale_and_zero(*extrema(W, grid), grid)
+    reach = grouped(W, grid).abs().amax(-1)
+    torch.testing.assert_close(s, 2 * reach / 3, rtol=2**-10, atol=2**-24)
+    Q = fake_quantize(W, s, z, grid)
+    assert set((grouped(Q, grid) / s.unsqueeze(-1)).unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert torch.equal(fake_quantize(-W, s, z, grid), -Q)
+    assert torch.equal(Q == 0, grouped(W, grid).abs().div(s.unsqueeze(-1)).le(0.5).view(3, -1)[:, :100])
+
+
+@pytest.mark.parametrize("symmetric", [False, "balanced"])
+def test_a_ternary_grid_of_another_symmetry_is_refused(symmetric):
+    with pytest.raises(ValueError, match="symmetric"):
+        Grid(TERNARY, 64, symmetric)
+
+
 @pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_balanced_cells_that_fill_the_range_lose_less_than_levels_that_reach_its_ends(bits, group):
-    """The start of the range: s = 2 max / 2^b against 2 max / (2^b - 1), on normal weights."""
-    W, grid = weight(9, out=64, in_features=256), Grid(bits, group, "balanced")
+@pytest.mark.parametrize(("bits", "symmetric"), [*((bits, "balanced") for bits in (1, 2, 3, 4)), (TERNARY, True)])
+def test_cells_that_fill_the_range_lose_less_than_levels_that_reach_its_ends(bits, symmetric, group):
+    """The start of the range: s = 2 max / levels against 2 max / (levels - 1), on normal weights."""
+    W, grid = weight(9, out=64, in_features=256), Grid(bits, group, symmetric)
     s, z = scale_and_zero(*extrema(W, grid), grid)
     filling, reaching = (
-        float((fake_quantize(W, scale, z, grid) - W).square().mean()) for scale in (s, s * 2**bits / grid.top)
+        float((fake_quantize(W, scale, z, grid) - W).square().mean()) for scale in (s, s * (grid.top + 1) / grid.top)
     )
-    assert filling < reaching * (grid.top / 2**bits) ** 2 * 1.15
+    assert filling < reaching * (grid.top / (grid.top + 1)) ** 2 * 1.2
 
 
 @pytest.mark.parametrize(
-    "grid", [Grid(2, 16, symmetric) for symmetric in SYMMETRIES] + [Grid(1, 7, "balanced")], ids=str
+    "grid",
+    [*(Grid(2, 16, symmetric) for symmetric in SYMMETRIES), Grid(1, 7, "balanced"), Grid(TERNARY, 7, True)],
+    ids=str,
 )
 def test_gradients_equal_those_of_the_straight_through_graph(grid):
     """Against autograd on the same function written with detach, as in lines 6 to 8 of Algorithm 1."""

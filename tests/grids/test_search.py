@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from apiq.grids.affine import Grid, extrema, fake_quantize, scale_and_zero
+from apiq.grids.levels import TERNARY
 from apiq.grids.search import SHARES, diagonal_blocks, searched
 
 GRIDS = [Grid(2, 8, False), Grid(2, 8, True), Grid(3, 7, False), Grid(1, 5, False), Grid(4, 0, True)]
-GRIDS += [Grid(2, 8, "balanced"), Grid(1, 5, "balanced")]
+GRIDS += [Grid(2, 8, "balanced"), Grid(1, 5, "balanced"), Grid(TERNARY, 5, True)]
 
 
 def layer(width=20, out=4):
@@ -65,7 +66,7 @@ def test_two_bits_of_a_gaussian_want_to_be_clipped():
 
 
 def test_on_searched_ranges_balanced_levels_lose_least_of_a_gaussian():
-    """Steps and errors of 1 and 2 bits: Max, Quantizing for minimum distortion (1960), table 1."""
+    """Steps and errors of 2, 3 and 4 levels: Max, Quantizing for minimum distortion (1960), table 1."""
     W = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     errors = {}
     for bits, symmetric in ((1, False), (1, "balanced"), (2, False), (2, True), (2, "balanced")):
@@ -77,6 +78,10 @@ def test_on_searched_ranges_balanced_levels_lose_least_of_a_gaussian():
     assert errors[1, "balanced"] == pytest.approx(0.3634, rel=0.05) and errors[1, "balanced"] < errors[1, False]
     assert errors[2, "balanced"] == pytest.approx(0.1188, rel=0.05)
     assert errors[2, "balanced"] < min(errors[2, False], errors[2, True])
+    grid = Grid(TERNARY, 64, True)
+    s, z = searched(W, grid)
+    assert float(s.mean()) == pytest.approx(1.224, rel=0.06)
+    assert float((fake_quantize(W, s, z, grid) - W).square().mean()) == pytest.approx(0.1902, rel=0.05)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apiq.grids.affine import Grid, extrema, fake_quantize, grouped, scale_and_zero, ungrouped
+from apiq.grids.levels import TERNARY
 from apiq.grids.soft import soft_quantize, staircase
 
 GRIDS = [Grid(2, 8, False), Grid(3, 7, True), Grid(2, 0, False), Grid(1, 5, False)]
-GRIDS += [Grid(2, 8, "balanced"), Grid(1, 5, "balanced")]
+GRIDS += [Grid(2, 8, "balanced"), Grid(1, 5, "balanced"), Grid(TERNARY, 5, True)]
 
 
 def case(grid, seed=0):

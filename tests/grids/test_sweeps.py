@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from apiq.grids import sweeps
 from apiq.grids.affine import Grid, decode, encode, extrema, grouped, scale_and_zero
+from apiq.grids.levels import TERNARY
 
 SHAPES = [(5, 100), (64, 64), (3, 7), (1, 130)]
 
@@ -22,11 +23,11 @@ def case(shape, grid, seed=0):
 @given(
     shape=st.sampled_from(SHAPES),
     width=st.sampled_from([0, 1, 7, 32, 43, 500]),
-    symmetric=st.sampled_from([False, True, "balanced"]),
+    kind=st.sampled_from([(3, False), (3, True), (3, "balanced"), (TERNARY, True)]),
     piece=st.sampled_from([1, 60, 257, 2**16]),
 )
-def test_pieces_of_any_size_give_what_the_equations_give(shape, width, symmetric, piece):
-    grid = Grid(3, width, symmetric)
+def test_pieces_of_any_size_give_what_the_equations_give(shape, width, kind, piece):
+    grid = Grid(kind[0], width, kind[1])
     W, s, z, grad = case(shape, grid)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweeps, "PIECE", piece)

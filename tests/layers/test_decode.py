@@ -25,9 +25,9 @@ BF16_STEP = 2.0**-8 if DEVICE.type == "cuda" else 2.0**-7  # the interpreter cut
 def case(grid, rows, out, columns, bias=True, dtype=torch.float32):
     generator = torch.Generator().manual_seed(out)
     groups = grid.groups(columns)
-    codes = torch.randint(2**grid.bits, (out, columns), generator=generator)
+    codes = torch.randint(grid.top + 1, (out, columns), generator=generator)
     s = 0.05 * torch.rand(out, groups, generator=generator) + 0.01
-    z = None if grid.symmetric else torch.randint(2**grid.bits, (out, groups), generator=generator)
+    z = None if grid.symmetric else torch.randint(grid.top + 1, (out, groups), generator=generator)
     b = torch.randn(out, generator=generator) if bias else None
     linear = PackedLinear.from_codes(codes, s, z, grid, b, dtype).to(DEVICE)
     return linear, torch.randn(rows, columns, generator=generator).to(DEVICE, dtype)
@@ -75,6 +75,7 @@ SUITED = [
     ("symmetric", Grid(4, 32, True), {}, True),
     ("balanced", Grid(2, 32, "balanced"), {}, True),
     ("8 bits", Grid(8, 32, False), {}, False),
+    ("ternary", Grid(1.58, 32, True), {}, False),
     ("1 bit", Grid(1, 32, False), {}, False),
     ("NormalFloat", NormalFloat(4, 32), {}, False),
     ("another precision", Grid(2, 32, False), {"dtype": torch.bfloat16}, False),

@@ -9,11 +9,13 @@ from torch import nn
 
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
+from apiq.grids.levels import TERNARY
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.layers.packed import PackedLinear, asked_once
 
 SETTINGS = list(itertools.product([1, 2, 3, 4, 8], [0, 32, 43, 64], [False, True, "balanced"], [False, True]))
 SETTINGS = [setting for setting in SETTINGS if not (setting[0] == 1 and setting[2] is True)]
+SETTINGS += [(TERNARY, group, True, False) for group in (0, 43)]
 
 
 def pair(bits, group, symmetric, bias):

@@ -27,7 +27,7 @@ def linear(grid, bias=True, width=43):
 
 GRIDS = [
     Grid(2, 16, False), Grid(3, 0, True), Grid(4, 7, False), Grid(1, 7, "balanced"), Grid(2, 16, False, offsets=True),
-    NormalFloat(4, 16),
+    NormalFloat(4, 16), Grid(1.58, 7, True),
 ]  # fmt: skip
 
 

@@ -48,7 +48,14 @@ def by_definition(W, H, grid, act_order):
 @pytest.mark.parametrize("lazy", [4, 16, 128])
 @pytest.mark.parametrize(
     "grid",
-    [Grid(2, 8, False), Grid(3, 7, True), Grid(2, 0, False), Grid(4, 24, False), Grid(1, 7, "balanced")],
+    [
+        Grid(2, 8, False),
+        Grid(3, 7, True),
+        Grid(2, 0, False),
+        Grid(4, 24, False),
+        Grid(1, 7, "balanced"),
+        Grid(1.58, 7, True),
+    ],
     ids=str,
 )
 def test_it_equals_its_definition(monkeypatch, grid, lazy, act_order):

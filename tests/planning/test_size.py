@@ -49,6 +49,7 @@ def test_the_bits_and_the_files_of_every_family(family, tmp_path):
         ({"method": "apiq-bw", "bits": 4, "symmetric": True, "rank": 3}, torch.bfloat16),
         ({"method": "apiq-lw", "bits": 3, "group_size": 0, "rank": 5}, torch.bfloat16),
         ({"method": "gptq-lora", "bits": 1, "symmetric": "balanced", "rank": 4}, torch.float32),
+        ({"method": "closed-form", "bits": 1.58, "rank": 4}, torch.float32),
         ({"method": "qlora", "bits": 4, "group_size": 16, "rank": 4}, torch.bfloat16),
         ({"method": "loftq", "bits": 2, "rank": 4}, torch.float32),
         ({"adapter": "dora", "rank": 4, "adapter_targets": ["attn"]}, torch.float32),

@@ -69,6 +69,7 @@ def test_the_divergence_falls_and_what_was_trained_is_what_is_read(make, origina
         {"method": "qlora", "bits": 4},
         {"symmetric": True},
         {"bits": 1, "symmetric": "balanced"},
+        {"bits": 1.58},
     ],
 )
 def test_codes_and_zero_points_stay_and_the_rest_is_trained(make, original, windows, tmp_path, work, values):
