@@ -118,6 +118,7 @@ def _run(chosen: argparse.Namespace, windows: Tensor, cell: dict[str, Any], name
     method, _, more = name.partition(", ")
     given = {"group_size": chosen.group_size, "device": "cpu", **cell, **METHODS[method]}
     settings = parse(override({"quantize": given}, [f"quantize.{pair}" for pair in chosen.set])).quantize
+    cell = {**cell, "bits": settings.bits}  # whole numbers as such
     with tempfile.TemporaryDirectory() as folder:
         out, refined = Path(folder) / "out", Path(folder) / "refined"
         with progress_bar("quantize") as progress:

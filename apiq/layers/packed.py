@@ -40,8 +40,8 @@ def asked_once() -> Iterator[None]:
 class PackedLinear(nn.Linear):
     """A frozen linear that dequantizes on the fly; subclasses nn.Linear so that PEFT's tuners act on it unchanged.
 
-    Owns the buffers `codes` int32 (out, ceil(in b / 32)), `scales` (out, G) and, on an asymmetric
-    grid, `zeros` int32 (out, ceil(G b / 32)), and the parameter `bias` (out) where the layer has one.
+    Owns the buffers `codes` int32 (out, ceil(in b / 32)), or (out, ceil(in / 20)) if ternary, `scales` (out, G) and, on
+    an asymmetric grid, `zeros` int32 (out, ceil(G b / 32)), and the parameter `bias` (out) where the layer has one.
     Doubly quantized scales are uint8 and come with `scale_ranges` float32 (blocks) and `scale_mean` float32 ().
     A grid with offsets has `offsets` float32 (out, G).
     `weight` is computed, never stored, and cannot be assigned to.
