@@ -107,9 +107,10 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
     sides = _sides(config)
     if sides and quantize.adapted and TUNERS[quantize.adapter].bounded:
         name, smallest = min(sides.items(), key=lambda side: side[1])
-        if quantize.rank > smallest:
+        key, rank = quantize.largest_rank
+        if rank > smallest:
             allowed = f"at most {smallest}, the smallest side of a linear ({name})"
-            raise _refusal("quantize.rank", quantize.rank, allowed)
+            raise _refusal(f"quantize.{key}", rank, allowed)
     if sides and quantize.group_size > max(sides.values()):
         widest = max(sides.values())
         allowed = f"at most {widest}, the widest row of a linear, or 0 for one group a row"

@@ -29,6 +29,12 @@ def combinations(params: QuantizeParams) -> None:
         asked = params.candidate_bits
         fits = all(low <= bits <= high or (bits == TERNARY and not params.normal_float) for bits in asked)
         require(fits, "candidate_bits", asked, f"{low} to {high} for these levels")
+    if params.candidate_ranks:
+        ranks = params.candidate_ranks
+        require(params.adapted, "candidate_ranks", ranks, "empty where there are no adapters")
+        require(min(ranks) <= params.rank, "candidate_ranks", ranks, f"one of them at most rank, {params.rank}")
+        own = params.adapter in ("lora", "rslora", "dora")
+        require(own, "adapter", params.adapter, "lora, rslora or dora with candidate_ranks, as others have one for all")
     fitted = params.method in ("loftq", "lq-lora", "closed-form")
     if fitted or (params.start == "closed-form" and params.method in ("apiq-lw", "apiq-bw")):
         what = f"method {params.method}" if fitted else "start closed-form"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apiq import parallel
 from apiq.adapters.configuration import model_config, resolved
-from apiq.adapters.injection import model_state
+from apiq.adapters.injection import model_state, ranks_of
 from apiq.adapters.targets import Shapes, shapes
 from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears
@@ -192,7 +192,8 @@ def _write_adapters(
     store: BlockStore, folder: Path, path: str, linears: Shapes, params: QuantizeParams, task: str | None
 ) -> None:
     state = model_state(path, store.adapters(), TUNERS[params.adapter])
-    write_adapter(folder / "adapter", state, model_config(params, linears, path), task)
+    config = model_config(params, linears, path, ranks_of(state, params))
+    write_adapter(folder / "adapter", state, config, task)
 
 
 def _metrics(store: BlockStore, folder: Path, params: QuantizeParams) -> dict[str, Any]:

@@ -49,14 +49,17 @@ class QuantizeParams(Section):
     group_size: GroupSize = 64
     """Weights that share a scale and a zero point, g; 0 for one group a row. Need not divide the width."""
     target_bits: Annotated[float, Field(gt=0, le=16)] | None = None
-    """Mean bits of a weight with its share of scales and zero points, adapters not counted, that are divided among
-    the linears where they count most; none: all have `bits` and `group_size`."""
+    """Mean bits of a weight with its share of scales and zero points that are divided among the linears where they
+    count most; none: all have `bits` and `group_size`. Adapters are not counted."""
     candidate_bits: Annotated[list[Bits], Field(min_length=1)] = [2, 3, 4]  # noqa: RUF012 (pydantic copies it)
     """Bits that a linear may get under target_bits."""
     candidate_group_sizes: Annotated[list[GroupSize], Field(min_length=1)] = [32, 64, 128]  # noqa: RUF012
     """Group sizes that a linear may get under target_bits."""
+    candidate_ranks: list[Positive] = Field(default_factory=list)
+    """Ranks that the adapter of a linear may get; none: all have `rank`. The adapters of all linears together take no
+    more than with `rank` everywhere, and act as alpha / `rank` * A B^T whatever rank they get. lora, rslora or dora."""
     sensitivity: Literal["fisher", "none"] = "fisher"
-    """What an error of a weight counts where target_bits are divided: its Fisher information, from gradients of the
+    """What an error of a weight counts where bits or ranks are divided: its Fisher information, from gradients of the
     whole model on the calibration windows, or the same everywhere."""
     symmetric: Symmetry = False
     """Fixed zero point instead of one a group: true is 2^(b-1); balanced (-S quantize.symmetric=balanced) is
@@ -138,6 +141,16 @@ class QuantizeParams(Section):
         return self.method not in WITHOUT_ADAPTERS and self.adapter != "none"
 
     @property
+    def largest_rank(self) -> tuple[str, int]:
+        """The largest rank that a linear may get, after the key that says so."""
+        return ("candidate_ranks", max(self.candidate_ranks)) if self.candidate_ranks else ("rank", self.rank)
+
+    @property
+    def divided(self) -> bool:
+        """Whether each linear gets a grid or a rank of its own."""
+        return self.target_bits is not None or bool(self.candidate_ranks)
+
+    @property
     def calibrated(self) -> bool:
         """Whether the method needs calibration windows."""
         return self.method not in WITHOUT_CALIBRATION or self.fisher
@@ -145,8 +158,9 @@ class QuantizeParams(Section):
     @property
     def fisher(self) -> bool:
         """Whether gradients of the loss of the whole model are taken first."""
-        for_grids = self.target_bits is not None and self.sensitivity == "fisher"
-        return for_grids or (self.method == "lq-lora" and self.lq_lora.weights == "fisher")
+        return (self.divided and self.sensitivity == "fisher") or (
+            self.method == "lq-lora" and self.lq_lora.weights == "fisher"
+        )
 
     @property
     def normal_float(self) -> bool:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import peft
 
 from apiq.adapters import houlsby
 from apiq.adapters.targets import Shapes, feed_forward, outputs, select
-from apiq.adapters.tuners import TUNERS, Site, Tuner
+from apiq.adapters.tuners import TUNERS, Site, Tuner, whole
 from apiq.errors import ApiqError
 from apiq.params import QuantizeParams
 
 Pattern = Callable[[list[str]], str]
+NO_RANKS: Mapping[str, int] = {}
 
 OWNED = {
     "alpha_pattern", "arrow_config", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
@@ -31,20 +32,28 @@ STARTS = re.compile(r"gaussian|pissa(_niter_\d+)?|olora")
 """Starts of LoRA that need nothing but the weight."""
 
 
-def block_config(params: QuantizeParams, linears: Shapes, start: bool = False) -> peft.PeftConfig:
+def block_config(
+    params: QuantizeParams, linears: Shapes, start: bool = False, ranks: Mapping[str, int] = NO_RANKS
+) -> peft.PeftConfig:
     """The config that puts the adapters of `params` on one block with these linears.
 
     `start` is for the block that is to be fitted: its adapters start as they should. The others are loaded.
+    `ranks` are those of linears with a rank of their own, by name in the block.
 
     Raises:
         ApiqError: targets or options that the block or PEFT does not know, or sizes that the tuner cannot take.
     """
-    return _config(params, linears, _pattern, start)
+    return _config(params, linears, _pattern, start, ranks)
 
 
-def model_config(params: QuantizeParams, linears: Shapes, path: str) -> peft.PeftConfig:
-    """The config that finds the same adapters in every block of the list `path` of the whole model."""
-    return _config(params, linears, lambda names: rf"{re.escape(path)}\.\d+\.{_pattern(names)}", start=False)
+def model_config(
+    params: QuantizeParams, linears: Shapes, path: str, ranks: Mapping[str, int] = NO_RANKS
+) -> peft.PeftConfig:
+    """The config that finds the same adapters in every block of the list `path` of the whole model.
+
+    `ranks` are those of linears with a rank of their own, by name in the model.
+    """
+    return _config(params, linears, lambda names: rf"{re.escape(path)}\.\d+\.{_pattern(names)}", False, ranks)
 
 
 def resolved(params: QuantizeParams, blocks: Sequence[Shapes]) -> QuantizeParams:
@@ -91,16 +100,37 @@ def targets(params: QuantizeParams, linears: Shapes, strict: bool = True) -> lis
     return ends
 
 
-def _config(params: QuantizeParams, linears: Shapes, pattern: Pattern, start: bool) -> peft.PeftConfig:
+def _config(
+    params: QuantizeParams, linears: Shapes, pattern: Pattern, start: bool, ranks: Mapping[str, int]
+) -> peft.PeftConfig:
     tuner, site = TUNERS[params.adapter], _site(params, linears, pattern)
     _check_rank(params, tuner, site.shapes)
-    settings = {**tuner.settings(site), **_options(params, tuner)}
+    settings = {**tuner.settings(site), **_options(params, tuner), **_own_ranks(params, ranks)}
     if tuner.moves_weight and not start:
         settings["init_lora_weights"] = True  # what it moved out of W is in the adapters that are loaded
     try:
         return config_class(tuner)(target_modules=pattern(list(site.shapes)), **settings)
     except (ValueError, TypeError, ImportError) as error:
         raise refused(params, error) from None
+
+
+def _own_ranks(params: QuantizeParams, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a LoRA that has these ranks, and on every linear the scaling of `alpha` at `rank`.
+
+    Engines that look at r and lora_alpha alone thus find room for every rank, and the scaling of every linear.
+    """
+    if not ranks:
+        return {}
+    power = 0.5 if params.adapter == "rslora" else 1.0
+    alphas = {rank: params.alpha * (rank / params.rank) ** power for rank in ranks.values()}
+    largest = max(alphas)
+    others = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    return {
+        "r": largest,
+        "lora_alpha": whole(alphas[largest]),
+        "rank_pattern": others,
+        "alpha_pattern": {name: whole(alphas[rank]) for name, rank in others.items()},
+    }
 
 
 def _site(params: QuantizeParams, linears: Shapes, pattern: Pattern) -> Site:
@@ -160,9 +190,10 @@ def _same_kind(start: str, tuner: Tuner) -> bool:
 
 def _check_rank(params: QuantizeParams, tuner: Tuner, shapes: Shapes) -> None:
     smallest = min((min(shape), name) for name, shape in shapes.items())
-    if tuner.bounded and params.rank > smallest[0]:
+    key, rank = params.largest_rank
+    if tuner.bounded and rank > smallest[0]:
         raise ApiqError(
-            f"quantize.rank is {params.rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}."
+            f"quantize.{key} is {rank}; it must be at most {smallest[0]}, the smaller side of {smallest[1]}."
         )
 
 

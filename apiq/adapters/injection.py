@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from apiq.adapters.configuration import block_config, refused
+from apiq.adapters.configuration import NO_RANKS, block_config, refused
 from apiq.adapters.targets import Shapes
 from apiq.adapters.tuners import TUNERS, Tuner
 from apiq.layers.packed import asked_once
@@ -30,17 +30,18 @@ class Adapters:
     `base_model.vera_A` for what the layers share.
     """
 
-    def __init__(self, block: nn.Module, params: QuantizeParams, linears: Shapes, seed: int, start: bool = False):
+    def __init__(self, block: nn.Module, params: QuantizeParams, linears: Shapes, seed: int, start: bool = False,
+                 ranks: Mapping[str, int] = NO_RANKS):  # fmt: skip
         """Put adapters on those of `linears`, the linears of `block` by their shapes, that `params` asks for.
 
         With `start` they are about to be fitted, otherwise about to be loaded. Parts that all blocks share are
-        made from `quantize.seed`, the rest from `seed`.
+        made from `quantize.seed`, the rest from `seed`. `ranks` are those of the linears that have one of their own.
 
         Raises:
             ApiqError: the tuner cannot act on these linears.
         """
         self.tuner = TUNERS[params.adapter]
-        config = block_config(params, linears, start)
+        config = block_config(params, linears, start, ranks)
         with _seeded(block, params.seed if self.tuner.shared else seed), _quiet(), asked_once():
             try:
                 self._model = peft.get_peft_model(block, config)
@@ -83,6 +84,14 @@ class Adapters:
         unknown = peft.set_peft_model_state_dict(self._model, named).unexpected_keys
         if unknown:
             raise KeyError(f"PEFT does not know the adapter tensors {sorted(unknown)}")
+
+
+def ranks_of(adapters: Mapping[str, Tensor], params: QuantizeParams) -> dict[str, int]:
+    """The ranks of LoRA by linear, from its tensors by their names; empty where all have `quantize.rank`."""
+    end = ".lora_A.weight"
+    if not params.candidate_ranks:
+        return {}
+    return {name.removeprefix(IN_BLOCK).removesuffix(end): len(A) for name, A in adapters.items() if name.endswith(end)}
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:

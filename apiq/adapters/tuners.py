@@ -72,10 +72,11 @@ class Tuner:
 
 
 def _lora(**more: Any) -> Callable[[Site], Settings]:
-    return lambda site: {"r": site.rank, "lora_alpha": _whole(site.alpha), **more}
+    return lambda site: {"r": site.rank, "lora_alpha": whole(site.alpha), **more}
 
 
-def _whole(alpha: float) -> float:
+def whole(alpha: float) -> float:
+    """Alpha as an int where it is whole."""
     return int(alpha) if float(alpha).is_integer() else alpha  # PEFT declares an int and takes both
 
 
@@ -84,7 +85,7 @@ def _rank(**more: Any) -> Callable[[Site], Settings]:
 
 
 def _rank_and_alpha(**more: Any) -> Callable[[Site], Settings]:
-    return lambda site: {"r": site.rank, "alpha": _whole(site.alpha), **more}
+    return lambda site: {"r": site.rank, "alpha": whole(site.alpha), **more}
 
 
 def _projected(**more: Any) -> Callable[[Site], Settings]:
@@ -92,7 +93,7 @@ def _projected(**more: Any) -> Callable[[Site], Settings]:
 
 
 def _adalora(site: Site) -> Settings:
-    return {"init_r": site.rank, "target_r": site.rank, "lora_alpha": _whole(site.alpha), "total_step": 1}
+    return {"init_r": site.rank, "target_r": site.rank, "lora_alpha": whole(site.alpha), "total_step": 1}
 
 
 def _adamss(site: Site) -> Settings:

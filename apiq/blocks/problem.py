@@ -44,6 +44,8 @@ class Problem:
     """Called with the share of the block that is done, the newest loss and a word on where the method is."""
     grids: dict[str, Grid] = field(default_factory=dict)
     """The grids of linears, by name inside the block, that have another one than the parameters say."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """The ranks of the adapters of all linears that carry one, where each has its own; otherwise empty."""
 
     def linears(self) -> dict[str, nn.Linear]:
         """The linears of the block by name."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from apiq import parallel
-from apiq.adapters.injection import Adapters
+from apiq.adapters.injection import Adapters, ranks_of
 from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import Activations, Home, choose_home, mean_squared_error
 from apiq.blocks.architecture import replace
@@ -203,7 +203,7 @@ def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage
     if not solution.adapters:
         return {}
     adapters = {name: stored(value, storage) for name, value in solution.adapters.items()}
-    Adapters(block, params, linear_shapes(solution.linears), seed=0).load(adapters)
+    Adapters(block, params, linear_shapes(solution.linears), seed=0, ranks=ranks_of(adapters, params)).load(adapters)
     return adapters
 
 

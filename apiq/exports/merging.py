@@ -46,6 +46,7 @@ class Merger:
             return None
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore", UserWarning)  # PEFT speaks of whole models
+            warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
             adapted = peft.get_peft_model(_tree(linears), self.config)
             unknown = peft.set_peft_model_state_dict(adapted, own).unexpected_keys
         if unknown:

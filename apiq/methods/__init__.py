@@ -33,6 +33,6 @@ METHODS = {
 
 
 def build(params: QuantizeParams) -> Method:
-    """The method that `params` names, with its parameters; on a grid for each linear under a target of bits."""
+    """The method that `params` names, with its parameters; under a budget where linears get a grid or a rank each."""
     method = METHODS[params.method](params)
-    return method if params.target_bits is None else Budgeted(method, params)
+    return Budgeted(method, params) if params.divided else method

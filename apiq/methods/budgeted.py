@@ -1,16 +1,18 @@
-"""Any method under a budget of bits: the grid of each linear is chosen before the first block is solved."""
+"""Any method under a budget of bits: grid and rank of each linear are chosen before the first block is solved."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from apiq.adapters.closed_form import weighted
 from apiq.adapters.configuration import targets
-from apiq.adapters.targets import shapes
+from apiq.adapters.targets import Shapes, shapes
 from apiq.blocks.architecture import linears
 from apiq.blocks.backward import squared_gradients
 from apiq.blocks.problem import Method, Problem, Solution
@@ -29,45 +31,58 @@ TIED = re.compile(r"(?P<parent>.*?)(?P<name>(?P<attention>[qkv]_proj|query|key|v
 """Linears that serving engines fuse into one, so that they must have one grid: query, key, value; gate, up."""
 
 
+class Choice(NamedTuple):
+    """What a linear may become under a budget."""
+
+    grid: Grid
+    rank: int
+    """Of its adapter, where it carries one."""
+
+
 class Budgeted:
-    """`method` on the grids with which the loss rises least while a weight takes `target_bits` bits in the mean.
+    """`method` on the grids, and with the ranks, with which the loss rises least.
+
+    A weight takes `target_bits` bits in the mean, adapters not counted. Where there are `candidate_ranks`, the adapters
+    of all linears together take as much as with `rank` everywhere, or a little less.
 
     What a linear loses on a grid is estimated by sum_ij F_ij (W - B A^T - Q)_ij^2: F is the diagonal Fisher
-    information of the calibration windows (or 1, with `sensitivity: none`), A and B are the best of the method's
+    information of the calibration windows (or 1, with `sensitivity: none`), A and B are the best of their
     rank, Q is rounded to nearest on searched ranges. The cheapest choice is the solution of an integer program
-    (LQ-LoRA, arXiv 2311.12023, section 3.2); linears that are fused when served take one grid.
+    (LQ-LoRA, arXiv 2311.12023, section 3.2). Linears that are fused when served take one grid. Their ranks need not be
+    the same: engines keep the adapters of what they fuse apart. One budget for both would not do: the estimate does not
+    know how much trained adapters undo, and gives all linears the smallest rank.
     """
 
     def __init__(self, method: Method, params: QuantizeParams):
         self.method, self.params = method, params
         self.calibrated = params.calibrated
         self.adapted = method.adapted
-        self.grids: dict[int, dict[str, Grid]] = {}
+        self.chosen: dict[int, dict[str, Choice]] = {}
 
     def survey(self, whole: Whole) -> dict[str, Tensor]:
-        """The number of the grid of every linear among the candidates, and what the method itself wants to know.
+        """The number of the choice of every linear among `choices`, and what the method itself wants to know.
 
         Raises:
-            ApiqError: the model has no loss, a gradient is not finite, or no choice of grids meets the target.
+            ApiqError: the model has no loss, a gradient is not finite, or no choice meets the target.
         """
         offers: dict[str, list[Candidate]] = {}
-        total = 0
+        whole_shapes: dict[str, tuple[int, int]] = {}
         for index, block, squares in self._blocks(whole):
             carriers = targets(self.params, shapes(linears(block)), strict=False) if self.adapted else ()
             for name, linear in linears(block).items():
                 W = linear.weight.detach().float()
                 weights = separated(squares[name]) if name in squares else alike(W)
                 offers[f"{index}.{name}"] = candidates(W, weights, self.params, name in carriers)
-                total += W.numel()
-        chosen = divided(offers, self.params, total)
-        found = {f"grid.{name}": torch.tensor(number) for name, number in chosen.items()}
+                whole_shapes[f"{index}.{name}"] = (linear.out_features, linear.in_features)
+        chosen = divided(offers, self.params, whole_shapes)
+        found = {f"choice.{name}": torch.tensor(number) for name, number in chosen.items()}
         if isinstance(self.method, Surveyor):
             found |= {f"method.{key}": value for key, value in self.method.survey(whole).items()}
         return found
 
     def surveyed(self, found: dict[str, Tensor]) -> None:
         """Take in what `survey` found."""
-        options = candidate_grids(self.params)
+        options = choices(self.params)
         own: dict[str, Tensor] = {}
         for key, value in found.items():
             kind, _, name = key.partition(".")
@@ -75,13 +90,16 @@ class Budgeted:
                 own[name] = value
                 continue
             index, _, linear = name.partition(".")
-            self.grids.setdefault(int(index), {})[linear] = options[int(value)]
+            self.chosen.setdefault(int(index), {})[linear] = options[int(value)]
         if isinstance(self.method, Surveyor):
             self.method.surveyed(own)
 
     def solve(self, problem: Problem) -> Solution:
-        """Let the method solve the block on its grids."""
-        problem.grids = self.grids.get(problem.index, {})
+        """Let the method solve the block on its grids, with adapters of its ranks."""
+        chosen = self.chosen.get(problem.index, {})
+        problem.grids = {name: choice.grid for name, choice in chosen.items()}
+        if self.params.candidate_ranks:
+            problem.ranks = {name: choice.rank for name, choice in chosen.items()}
         return self.method.solve(problem)
 
     def _blocks(self, whole: Whole) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
@@ -96,14 +114,29 @@ class Budgeted:
 
 @torch.no_grad()
 def candidates(W: Tensor, weights: Weights, params: QuantizeParams, carries: bool) -> list[Candidate]:
-    """Size and cost of W (out, in) on each candidate grid, beside one low-rank part for all where it `carries` one."""
-    if carries:
-        A, B = weighted(W, torch.zeros_like(W), weights.rows, weights.columns, params.rank)
-        W = W - B @ A.t()
+    """Size and cost of W (out, in) for each of `choices`, beside a low-rank part where it `carries` one.
+
+    The low-rank part of a rank is the best one for W, and the same for all grids.
+    """
     G = torch.diag(weights.columns.square())
+    costs: list[float] = []
+    for rank, grids in _by_rank(params).items():
+        rest = W
+        if carries:
+            A, B = weighted(W, torch.zeros_like(W), weights.rows, weights.columns, rank)
+            rest = W - B @ A.t()
+        costs += [float(weights.error(rest - _rounded(rest, grid, G))) for grid in grids]
+    return offered(W.shape, params, costs, carries)
+
+
+def offered(shape: tuple[int, ...], params: QuantizeParams, costs: Iterable[float], carries: bool) -> list[Candidate]:
+    """The candidates of a weight of `shape` (out, in) that cost so much, in the order of `choices`."""
+    sizes = {grid: packed_bits(shape, grid) for grid in candidate_grids(params)}
+    counted = carries and params.candidate_ranks
+    kinds = {grid: kind for kind, grid in enumerate(sizes)}
     return [
-        Candidate(packed_bits(W.shape, grid), float(weights.error(W - _rounded(W, grid, G))))
-        for grid in candidate_grids(params)
+        Candidate(sizes[grid], cost, kinds[grid], rank * sum(shape) if counted else 0)
+        for (grid, rank), cost in zip(choices(params), costs, strict=True)
     ]
 
 
@@ -115,16 +148,21 @@ def _rounded(W: Tensor, grid: Grid, G: Tensor) -> Tensor:
     return values(encode(W, s, z, grid), s, z, grid)
 
 
-def divided(offers: Mapping[str, Sequence[Candidate]], params: QuantizeParams, weights: int) -> dict[str, int]:
-    """The number of the candidate of each linear with which so many weights take `target_bits` each, or a little less.
+def divided(offers: Mapping[str, Sequence[Candidate]], params: QuantizeParams, shapes: Shapes) -> dict[str, int]:
+    """The number of the candidate of each linear, by names and shapes (out, in) of all.
+
+    A weight takes `target_bits` in the mean, or a little less; all adapters together hold no more numbers than with
+    `rank` everywhere.
 
     Raises:
         ApiqError: the smallest candidates take more.
     """
-    target = params.target_bits
-    assert target is not None
+    target = math.inf if params.target_bits is None else params.target_bits
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    carriers = [shapes[name] for name, offer in offers.items() if offer[0].adapter]
+    room = params.rank * sum(sum(shape) for shape in carriers)
     try:
-        return allocate(offers, target * weights, tied(offers))
+        return allocate(offers, target * weights, tied(offers), room or math.inf)
     except BudgetTooSmall as error:
         raise ApiqError(
             f"quantize.target_bits is {target}, but the smallest candidates take {error.least / weights:.4g} bits a "
@@ -142,8 +180,19 @@ def tied(names: Iterable[str]) -> list[list[str]]:
     return list(together.values())
 
 
+def choices(params: QuantizeParams) -> list[Choice]:
+    """The grids and ranks that each linear is offered, rank by rank."""
+    return [Choice(grid, rank) for rank, grids in _by_rank(params).items() for grid in grids]
+
+
+def _by_rank(params: QuantizeParams) -> dict[int, list[Grid]]:
+    return dict.fromkeys(params.candidate_ranks or [params.rank], candidate_grids(params))
+
+
 def candidate_grids(params: QuantizeParams) -> list[Grid]:
-    """The grids among which a target of bits is met."""
+    """The grids among which a target of bits is met; without a target the one of all linears."""
+    if params.target_bits is None:
+        return [grid_of(params)]
     return [
         grid_of(params.model_copy(update={"bits": bits, "group_size": group_size}))
         for bits in params.candidate_bits

@@ -11,7 +11,7 @@ from apiq.grids.affine import encode
 from apiq.grids.search import searched
 from apiq.layers.packed import PackedLinear
 from apiq.methods.gptq import add, error_feedback
-from apiq.methods.grid import grid_in, nearest, packed
+from apiq.methods.grid import grid_in, nearest, packed, rank_in
 from apiq.methods.moments import Fed, LinAlgError, damped, in_order, settle, singular
 from apiq.methods.starts import best, given_adapters
 from apiq.params import QuantizeParams
@@ -43,7 +43,9 @@ class ClosedForm:
                 add(problem, solution, fed, linear, len(linears))
                 if fed.name in carriers:
                     Q = linear.dequantized().float()
-                    A, B = factors[fed.name] = best(fed.linear.weight.detach().float(), Q, fed.moments, params)
+                    A, B = factors[fed.name] = best(
+                        fed.linear.weight.detach().float(), Q, fed.moments, params, rank_in(problem, fed.name, params)
+                    )
                     settle(problem, fed.name, Q + B @ A.t())
             except LinAlgError:
                 raise singular(problem, fed.name, "quantize.closed_form.damping and quantize.gptq.damping") from None

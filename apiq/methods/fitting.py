@@ -74,7 +74,7 @@ class Fit:
         self._search(originals)
         if self.tuner is not None and self.tuner.joint and self.adapters is None:
             with computed_once(self.fakes.values()):
-                self.adapters = Adapters(problem.block, params, self.shapes, problem.seed, start=True)
+                self.adapters = self._started()
         if params.start == "closed-form" and self.adapters is not None:
             start_at_closed_form(problem, self.adapters, originals, self.fakes, params)
         pools = params.pooled and self.adapters is not None
@@ -95,7 +95,7 @@ class Fit:
         yield Turn(0, 2, grid=True, adapters=False)
         for name, fake in self.fakes.items():
             replace(self.problem.block, name, fake.packed())
-        self.adapters = Adapters(self.problem.block, self.params, self.shapes, self.problem.seed, start=True)
+        self.adapters = self._started()
         yield Turn(1, 2, grid=False, adapters=True)
 
     def groups(self, turn: Turn, name: str = "") -> list[Group]:
@@ -133,7 +133,11 @@ class Fit:
         """Put adapters on copies of the linears, which they take a part of the weight from."""
         for name in targets(self.params, self.shapes, strict=False):
             replace(self.problem.block, name, copy.deepcopy(originals[name]))
-        self.adapters = Adapters(self.problem.block, self.params, self.shapes, self.problem.seed, start=True)
+        self.adapters = self._started()
+
+    def _started(self) -> Adapters:
+        problem = self.problem
+        return Adapters(problem.block, self.params, self.shapes, problem.seed, start=True, ranks=problem.ranks)
 
     def _search(self, originals: dict[str, nn.Linear]) -> None:
         """Start the ranges where `quantize.ranges` says, linear by linear in input order."""

@@ -1,4 +1,4 @@
-"""The grid that the parameters choose, and rounding to nearest on it."""
+"""The grid and rank that the parameters choose for a linear, and rounding to nearest on the grid."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def grid_of(params: QuantizeParams) -> Grid:
 def grid_in(problem: Problem, name: str, params: QuantizeParams) -> Grid:
     """The grid of the linear `name` of the block."""
     return problem.grids.get(name) or grid_of(params)
+
+
+def rank_in(problem: Problem, name: str, params: QuantizeParams) -> int:
+    """The rank of the adapter of the linear `name` of the block."""
+    return problem.ranks.get(name, params.rank)
 
 
 def nearest(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:

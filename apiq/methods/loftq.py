@@ -11,7 +11,7 @@ from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
-from apiq.methods.grid import grid_in, nearest, packed, rounded, values
+from apiq.methods.grid import grid_in, nearest, packed, rank_in, rounded, values
 from apiq.methods.starts import given_adapters
 from apiq.params import QuantizeParams
 
@@ -39,7 +39,8 @@ class Loftq:
             if name not in carriers:
                 quantized[name] = rounded(linear, grid)
                 continue
-            quantized[name], (A, B) = alternate(linear, grid, self.params.rank, self.params.loftq.steps)
+            rank = rank_in(problem, name, self.params)
+            quantized[name], (A, B) = alternate(linear, grid, rank, self.params.loftq.steps)
             factors[name] = A, B
             error = (linear.weight - quantized[name].dequantized() - B @ A.t()).square().mean()
             problem.report((number + 1) / len(linears), float(error), name)

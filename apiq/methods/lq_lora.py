@@ -13,7 +13,7 @@ from apiq.blocks.problem import Problem, Solution
 from apiq.blocks.survey import Whole
 from apiq.grids.affine import Grid
 from apiq.methods.fisher import Weights, alike, separated
-from apiq.methods.grid import grid_in, nearest, packed, values
+from apiq.methods.grid import grid_in, nearest, packed, rank_in, values
 from apiq.methods.starts import given_adapters
 from apiq.params import QuantizeParams
 
@@ -62,7 +62,8 @@ class LqLora:
             grid, weights = grid_in(problem, name, self.params), self.weights.get(key, alike(W)).to(W.device)
             parts = nearest(W, grid)
             if name in carriers:
-                parts, factors[name], error = decompose(W, grid, self.params.rank, self.params.lq_lora.steps, weights)
+                rank = rank_in(problem, name, self.params)
+                parts, factors[name], error = decompose(W, grid, rank, self.params.lq_lora.steps, weights)
                 problem.report((number + 1) / len(found), error / W.numel(), name)
             solution.linears[name] = packed(linear, parts, grid)
         solution.adapters = given_adapters(factors, self.params)

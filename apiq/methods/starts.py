@@ -15,6 +15,7 @@ from apiq.adapters.injection import Adapters
 from apiq.adapters.pooled import Pooling
 from apiq.adapters.targets import shapes
 from apiq.blocks.problem import Problem
+from apiq.methods.grid import rank_in
 from apiq.methods.moments import LinAlgError, Moments, damped, in_order, singular
 from apiq.params import QuantizeParams
 
@@ -30,7 +31,7 @@ def default_adapters(problem: Problem, params: QuantizeParams) -> dict[str, Tens
     linears = shapes(problem.linears())
     if params.adapter == "none" or not targets(params, linears, strict=False):
         return {}
-    adapters = Adapters(problem.block, params, linears, problem.seed, start=True)
+    adapters = Adapters(problem.block, params, linears, problem.seed, start=True, ranks=problem.ranks)
     if params.pooled:
         Pooling(problem.block, "quantize.pooled").release()
     return adapters.state()
@@ -69,7 +70,7 @@ def start_at_closed_form(
             continue
         W, Q = fed.linear.weight.detach().float(), quantized[fed.name].weight.detach().float()
         try:
-            factors = best(W, Q, fed.moments, params, exact=False)
+            factors = best(W, Q, fed.moments, params, rank_in(problem, fed.name, params), exact=False)
         except LinAlgError:
             raise singular(problem, fed.name, "quantize.closed_form.damping") from None
         adapters.load({**adapters.state(), **given_adapters({fed.name: factors}, params)})
@@ -83,16 +84,18 @@ def _windows(problem: Problem, linears: Mapping[str, nn.Linear]) -> int:
 
 
 @torch.no_grad()
-def best(W: Tensor, Q: Tensor, moments: Moments, params: QuantizeParams, exact: bool = True) -> tuple[Tensor, Tensor]:
-    """A (in, r) and B (out, r) that the parameters ask for, for W and Q (out, in).
+def best(
+    W: Tensor, Q: Tensor, moments: Moments, params: QuantizeParams, rank: int, exact: bool = True
+) -> tuple[Tensor, Tensor]:
+    """A (in, r) and B (out, r) of rank r that the parameters ask for, for W and Q (out, in).
 
     Raises:
         torch.linalg.LinAlgError: the damped moments are not positive definite.
     """
     objective, damping = params.closed_form.objective, params.closed_form.damping
     if objective == "plain":
-        return plain(W, Q, params.rank, exact)
+        return plain(W, Q, rank, exact)
     G = damped(moments.G, damping)
     if objective == "whitened":
-        return whitened(W, Q, G, params.rank, exact)
-    return asymmetric(W, Q, G, moments.M + G - moments.G, params.rank, exact)
+        return whitened(W, Q, G, rank, exact)
+    return asymmetric(W, Q, G, moments.M + G - moments.G, rank, exact)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from apiq.adapters.configuration import targets
 from apiq.adapters.injection import Adapters, model_state
 from apiq.adapters.targets import Shapes
 from apiq.adapters.targets import shapes as linear_shapes
@@ -23,12 +24,11 @@ from apiq.blocks.architecture import linears, replace
 from apiq.checkpoint.accounting import PARTS, Bits
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.writing import stored
-from apiq.grids.affine import Grid
 from apiq.layers.packed import SCALE_PARTS, PackedLinear
 from apiq.methods import build
 from apiq.methods.budget import Candidate
-from apiq.methods.budgeted import candidate_grids, divided
-from apiq.methods.grid import grid_of, packed_bits
+from apiq.methods.budgeted import Choice, choices, divided, offered
+from apiq.methods.grid import packed_bits
 from apiq.params import QuantizeParams
 from apiq.planning.outline import Outline
 
@@ -94,31 +94,39 @@ def packed_block(block: nn.Module, params: QuantizeParams, storage: torch.dtype)
     block = copy.deepcopy(block)
     found = linears(block)
     shapes = linear_shapes(found)
-    grids = _grids(shapes, params)
+    chosen = _chosen(shapes, params)
     with torch.device("meta"):
         for name, linear in found.items():
-            grid, biased = grids[name], linear.bias is not None
+            grid, biased = chosen[name].grid, linear.bias is not None
             replace(block, name, PackedLinear(linear.in_features, linear.out_features, grid, biased, storage))
     tensors = {name: _stored(name, value, storage) for name, value in block.state_dict().items()}
     adapters: dict[str, Tensor] = {}
     if build(params).adapted:
-        state = Adapters(block, params, shapes, seed=0).state()
+        ranks = {name: choice.rank for name, choice in chosen.items()} if params.candidate_ranks else {}
+        state = Adapters(block, params, shapes, seed=0, ranks=ranks).state()
         adapters = {name: stored(value, storage) for name, value in state.items()}
     return PackedBlock(block, shapes, tensors, adapters)
 
 
-def _grids(shapes: Shapes, params: QuantizeParams) -> dict[str, Grid]:
-    """The grid of each linear; under a target of bits as if each bit of a weight divided its error by 4 everywhere.
+def _chosen(shapes: Shapes, params: QuantizeParams) -> dict[str, Choice]:
+    """Grid and rank of each linear.
 
-    What it really does only the weights tell, but the bits of all linears together are the target either way.
+    Where they are divided, as if each bit of a weight divided its error by 4 everywhere, and each rank took an even
+    share of it. What they really do only the weights tell, but all linears together take what they may either way.
     """
-    if params.target_bits is None:
-        return dict.fromkeys(shapes, grid_of(params))
-    options, offers = candidate_grids(params), {}
+    options = choices(params)
+    if not params.divided:
+        return dict.fromkeys(shapes, options[0])
+    carriers = targets(params, shapes, strict=False) if params.candidate_ranks else ()
+    offers: dict[str, list[Candidate]] = {}
     for name, shape in shapes.items():
-        weights, sizes = math.prod(shape), [packed_bits(shape, grid) for grid in options]
-        offers[name] = [Candidate(size, weights * 4.0 ** (-size / weights)) for size in sizes]
-    chosen = divided(offers, params, sum(math.prod(shape) for shape in shapes.values()))
+        weights = math.prod(shape)
+        costs = [
+            weights * 4.0 ** (-packed_bits(shape, grid) / weights) * (1 - rank / min(shape) / 2)
+            for grid, rank in options
+        ]
+        offers[name] = offered(shape, params, costs, name in carriers)
+    chosen = divided(offers, params, shapes)
     return {name: options[number] for name, number in chosen.items()}
 
 

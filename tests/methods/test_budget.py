@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 
 from apiq.methods.budget import GAP, BudgetTooSmall, Candidate, allocate
 
-CANDIDATES = st.lists(
-    st.builds(Candidate, st.integers(1, 50), st.floats(0, 100, allow_subnormal=False)), min_size=3, max_size=3
+KINDS = (0, 0, 1)
+CANDIDATES = st.tuples(
+    *(
+        st.builds(Candidate, st.integers(1, 50), st.floats(0, 100, allow_subnormal=False), st.just(kind))
+        for kind in KINDS
+    )
 )
 
 
@@ -23,7 +27,7 @@ def best_by_trying(candidates, budget, tied=()):
     for numbers in itertools.product(range(3), repeat=len(candidates)):
         chosen = dict(zip(candidates, numbers, strict=True))
         size, cost = spent(candidates, chosen)
-        if size <= budget and all(len({chosen[name] for name in names}) == 1 for names in tied):
+        if size <= budget and all(len({KINDS[chosen[name]] for name in names}) == 1 for names in tied):
             costs.append(cost)
     return min(costs)
 
@@ -33,18 +37,22 @@ def best_by_trying(candidates, budget, tied=()):
 def test_it_costs_as_little_as_the_best_of_all_choices(offers, share, tie):
     candidates = {f"{number}.linear": offer for number, offer in enumerate(offers)}
     tied = [list(candidates)[:2]] if tie else []
-    least, most = (
-        sum(
-            bound(sum(candidates[name][c].size for name in names) for c in range(3))
-            for names in [*tied, *([name] for name in candidates if not any(name in names for names in tied))]
+    groups = [*tied, *([name] for name in candidates if not any(name in names for names in tied))]
+    least = sum(
+        min(
+            sum(min(each.size for each in candidates[name] if each.kind == kind) for name in names)
+            for kind in set(KINDS)
         )
-        for bound in (min, max)
+        for names in groups
     )
+    most = sum(max(each.size for each in offer) for offer in offers)
+    with pytest.raises(BudgetTooSmall):
+        allocate(candidates, least - 0.5, tied)
     budget = least + share * (most - least)
     chosen = allocate(candidates, budget, tied)
     size, cost = spent(candidates, chosen)
     assert size <= budget
-    assert all(len({chosen[name] for name in names}) == 1 for names in tied)
+    assert all(len({KINDS[chosen[name]] for name in names}) == 1 for names in tied)
     top = max(each.cost for offer in offers for each in offer) * max(1, len(tied[0]) if tied else 1)
     assert cost <= best_by_trying(candidates, budget, tied) * (1 + GAP) + 1e-5 * top
 
@@ -52,7 +60,7 @@ def test_it_costs_as_little_as_the_best_of_all_choices(offers, share, tie):
 def test_bits_go_where_an_error_costs_most():
     sizes = (200, 300, 400)
     candidates = {
-        name: [Candidate(size, weight * 4.0 ** -(size // 100)) for size in sizes]
+        name: [Candidate(size, weight * 4.0 ** -(size // 100), size) for size in sizes]
         for name, weight in {"dear": 100.0, "usual": 10.0, "cheap": 1.0}.items()
     }
     assert allocate(candidates, 900) == {"dear": 2, "usual": 1, "cheap": 0}
@@ -61,13 +69,13 @@ def test_bits_go_where_an_error_costs_most():
 
 def test_a_budget_below_the_smallest_choice_is_refused():
     with pytest.raises(BudgetTooSmall) as refused:
-        allocate({"a": [Candidate(5, 1.0), Candidate(4, 2.0)], "b": [Candidate(3, 1.0)]}, 6.9)
+        allocate({"a": [Candidate(5, 1.0, 0), Candidate(4, 2.0, 1)], "b": [Candidate(3, 1.0, 0)]}, 6.9)
     assert refused.value.least == 7
 
 
 def test_hundreds_of_linears_are_divided_at_once():
     candidates = {
-        f"{number}": [Candidate(1000 * bits + number, (1 + number % 7) * 4.0**-bits) for bits in (2, 3, 4)]
+        f"{number}": [Candidate(1000 * bits + number, (1 + number % 7) * 4.0**-bits, bits) for bits in (2, 3, 4)]
         for number in range(448)
     }
     chosen = allocate(candidates, 448 * 2750)

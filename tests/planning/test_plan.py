@@ -88,6 +88,10 @@ def test_a_target_of_bits_is_planned_without_weights(folder):
     told = plan(params(folder, quantize={"method": "apiq-bw", **wanted}), timed=False)
     bits = told["result"]["bits"]
     assert 3.5 < bits["codes"] + bits["scales"] + bits["zeros"] <= 3.7
+    ranks = {"rank": 4, "candidate_ranks": [1, 3, 8]}
+    mixed = plan(params(folder, quantize={"method": "apiq-bw", **wanted, **ranks}), timed=False)["result"]["bits"]
+    even = plan(params(folder, quantize={"method": "apiq-bw", "rank": 4}), timed=False)["result"]["bits"]
+    assert 0.8 * even["adapters"] < mixed["adapters"] <= even["adapters"]
     with pytest.raises(ApiqError, match=r"quantize\.target_bits is 1\.5, but the smallest candidates take"):
         plan(params(folder, quantize={"target_bits": 1.5}), timed=False)
 
