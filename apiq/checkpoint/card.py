@@ -138,7 +138,14 @@ def _quantization(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> 
 
 def _adapter(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     names = {"peft_type": "type", "r": "rank", "lora_alpha": "alpha"}
-    return [(label, config[name]) for name, label in names.items() if config.get(name) is not None]
+    rows = {label: config[name] for name, label in names.items() if config.get(name) is not None}
+    others = config.get("rank_pattern")
+    if others and config["peft_type"] == "LORA":
+        rows |= {
+            "rank": f"{min(others.values())} to {config['r']}",
+            "alpha": f"{config['lora_alpha']} at {config['r']}",
+        }
+    return list(rows.items())
 
 
 def _metrics(folder: Path, measured: Mapping[str, Any] | None) -> list[tuple[str, Any]]:

@@ -60,6 +60,8 @@ def test_grids_and_ranks_share_a_budget_and_the_scaling_stays(make, values):
 def test_later_phases_keep_the_ranks(make, original, windows, tmp_path):
     folder, _ = make(method="gptq-lora", **WANTED)
     kept = ranks(load(folder).model)
+    low, high = (bound(rank for rank, _ in kept.values()) for bound in (min, max))
+    assert f"rank | {low} to {high} |" in (folder / "README.md").read_text()
     refine(folder, original, windows, RefineParams(epochs=1, generated=0), tmp_path / "refined")
     loaded = load(tmp_path / "refined").model
     assert ranks(loaded) == kept
