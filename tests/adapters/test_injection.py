@@ -114,7 +114,7 @@ class OneBlock:
     """As much of a problem as Fit looks at."""
 
     def __init__(self):
-        self.block, self.seed, self.grids = small_block(), 0, {}
+        self.block, self.seed, self.grids, self.ranks = small_block(), 0, {}, {}
 
     def linears(self):
         return linears(self.block)
