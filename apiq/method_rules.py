@@ -48,6 +48,9 @@ def combinations(params: QuantizeParams) -> None:
         )
         require(params.adapter in ("lora", "rslora"), "adapter", params.adapter, "lora or rslora when pooled is true")
         require(params.start == "default", "start", params.start, "default when pooled is true")
+    if params.lr_weight:
+        what = f"0 for method {params.method}; apiq-lw and apiq-bw train W"
+        require(params.method in ("apiq-lw", "apiq-bw"), "lr_weight", params.lr_weight, what)
     if params.method in ("qlora", "gptq-lora") and params.adapter != "none":
         moves = TUNERS[params.adapter].moves_weight
         require(not moves, "adapter", params.adapter, f"one that starts at no change for method {params.method}")

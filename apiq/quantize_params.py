@@ -106,6 +106,9 @@ class QuantizeParams(Section):
     """Learning rate of the clipping factors gamma and beta."""
     decay_theta: Decay = 0.1
     """AdamW weight decay of gamma and beta; pulls the clipping factors towards sigmoid(0) = 1/2."""
+    lr_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """In apiq-lw and apiq-bw: learning rate of W itself, in scales s of its group, through the straight-through
+    gradient (Block-AP, arXiv 2407.11062); 0 leaves W as it is. W is discarded once its codes are made."""
     lr_adapter: Rate = 0.0005
     """Learning rate of A and B, or of the parameters of another adapter."""
     decay_adapter: Decay = 0.1

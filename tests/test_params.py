@@ -118,6 +118,10 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
             "quantize.gptq.damping is 0; it should be more than",
         ),
         ({"quantize": {"method": "qlora", "symmetric": True}}, "quantize.symmetric is True; it should be false for"),
+        (
+            {"quantize": {"method": "gptq", "lr_weight": 0.001}},
+            "quantize.lr_weight is 0.001; it should be 0 for method gptq",
+        ),
         ({"quantize": {"symmetric": "yes"}}, "quantize.symmetric is 'yes'; it should be false, true or balanced."),
         (
             {"quantize": {"method": "qlora", "symmetric": "balanced"}},

@@ -188,10 +188,6 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         W, s, z = ctx.saved_tensors
         grid: Grid = ctx.grid
-        for_weight = None
-        if ctx.needs_input_grad[0]:
-            ratio = grouped(W, grid) / s.unsqueeze(-1)
-            free = sweeps.unclamped(ratio, z.unsqueeze(-1), grid.balanced, out=ratio)
-            for_weight = grad * ungrouped(free == free.clamp(0, grid.top), W.shape[1])
-        for_scale = sweeps.scale_gradient(grad, W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]))
-        return for_weight, for_scale, None, None
+        rest = (W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]))
+        for_weight = sweeps.weight_gradient(grad, *rest) if ctx.needs_input_grad[0] else None
+        return for_weight, sweeps.scale_gradient(grad, *rest), None, None

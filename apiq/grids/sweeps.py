@@ -46,6 +46,15 @@ def scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, bala
     return result
 
 
+def weight_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int) -> Tensor:
+    """The gradient of W, (out, in), from that of Q: `grad` where the code is not clamped, 0 where it is."""
+    result = torch.empty_like(grad)
+    compute = _compiled(_weight_gradient) if _compiles(W) else _weight_gradient
+    for upstream, weight, target, scale, zero in pieces(width, (grad, W, result), (s, z)):
+        target.copy_(compute(upstream, weight, scale, zero, top, balanced))
+    return result
+
+
 def unclamped(ratio: Tensor, z: Tensor, balanced: bool, out: Tensor | None = None) -> Tensor:
     """The codes of W / s before they are clamped: those of the levels nearest to W.
 
@@ -85,6 +94,11 @@ def _scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, bal
     codes = free.clamp(0, top)
     inside = free.eq_(codes)  # 1 or 0: a comparison to bool is several times slower on a CPU
     return codes.sub_(z).sub_(ratio.mul_(inside)).mul_(grad).sum(-1, keepdim=True)
+
+
+def _weight_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool) -> Tensor:
+    free = unclamped(W / s, z, balanced)
+    return free.eq_(free.clamp(0, top)).mul_(grad)
 
 
 def _elements(W: Tensor) -> int:

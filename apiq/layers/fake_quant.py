@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq.grids.affine import Grid, clipped, encode, extrema
+from apiq.grids.affine import Grid, clipped, encode, extrema, grouped, ungrouped
 from apiq.grids.search import best_shares
 from apiq.grids.soft import soft_quantize
 from apiq.layers.packed import PackedLinear
@@ -36,12 +36,15 @@ class FakeQuantLinear(nn.Linear):
 
     Owns the frozen `full_weight` W (out, in), shared with the linear it was made from, the group
     extrema `low` and `high` (out, G), computed once, and the clipping parameters `gamma` and `beta`
-    (out, G): the range of a group is sigmoid(beta) low .. sigmoid(gamma) high.
+    (out, G): the range of a group is sigmoid(beta) low .. sigmoid(gamma) high. After `train_weight` also the
+    `shift` V (out, in) of W in units u (out, G): what is quantized is W + u V.
     """
 
     full_weight: Tensor
     low: Tensor
     high: Tensor
+    unit: Tensor
+    shift: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, grid: Grid):
         nn.Module.__init__(self)
@@ -53,6 +56,7 @@ class FakeQuantLinear(nn.Linear):
         self.register_buffer("high", high, persistent=False)
         self.gamma = nn.Parameter(torch.full_like(high, START))
         self.beta = nn.Parameter(torch.full_like(low, START))
+        self.register_parameter("shift", None)
         self.bias = linear.bias
         self.temperature = 0.0  # of soft rounding, while it is annealed
         self.joint: Tensor | None = None  # Q, while `apiq.layers.joint` or `computed_once` holds it
@@ -61,13 +65,27 @@ class FakeQuantLinear(nn.Linear):
         """Scales and zero points of the present clipping range, each (out, G), float32."""
         return clipped(self.gamma, self.beta, self.low, self.high, self.grid)
 
+    @torch.no_grad()
+    def train_weight(self) -> None:
+        """Let W move, from where it is and in units of the present scales, as in Block-AP (arXiv 2407.11062)."""
+        self.register_buffer("unit", self.scale_and_zero()[0].clone(), persistent=False)
+        self.shift = nn.Parameter(torch.zeros_like(self.full_weight, dtype=torch.float32))
+
+    @property
+    def shifted(self) -> Tensor:
+        """What is quantized, (out, in): W, or W + u V in float32 where it is trained; differentiable in V."""
+        if self.shift is None:
+            return self.full_weight
+        moved = grouped(self.shift, self.grid) * self.unit.unsqueeze(-1)
+        return self.full_weight + ungrouped(moved, self.in_features)
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Q (out, in), differentiable in gamma and beta, in the dtype of W."""
+        """Q (out, in), differentiable in gamma, beta and V, in the dtype of W."""
         if self.joint is not None:
             return self.joint
         s, z = self.scale_and_zero()
-        return soft_quantize(self.full_weight, s, z, self.grid, self.temperature).to(self.full_weight.dtype)
+        return soft_quantize(self.shifted, s, z, self.grid, self.temperature).to(self.full_weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """X Q^T + bias, for X (..., in)."""
@@ -75,7 +93,7 @@ class FakeQuantLinear(nn.Linear):
             return F.linear(input, self.joint, self.bias)
         if self.temperature:
             return F.linear(input, self.weight, self.bias)
-        return product(input, self.full_weight, *self.scale_and_zero(), self.grid, self.bias)
+        return product(input, self.shifted, *self.scale_and_zero(), self.grid, self.bias, self.full_weight.dtype)
 
     @torch.no_grad()
     def fit_range(self, G: Tensor | None = None) -> None:
@@ -92,5 +110,5 @@ class FakeQuantLinear(nn.Linear):
     def packed(self) -> PackedLinear:
         """The deployed linear with exactly the present codes, scales and zero points."""
         s, z = self.scale_and_zero()
-        codes = encode(self.full_weight.float(), s, z, self.grid)
+        codes = encode(self.shifted.float(), s, z, self.grid)
         return PackedLinear.from_codes(codes, s, z, self.grid, self.bias, self.full_weight.dtype)

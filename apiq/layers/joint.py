@@ -6,13 +6,14 @@ zero points and Q of all its linears at once, and adds plain LoRA to its Q:
     Y = X (Q + c B A)^T + bias    instead of    Y = X Q^T + c (X A^T) B^T + bias,    c = alpha / r
 
 It is the same function of the same parameters, and PEFT's modules keep them. With the gradient G of the
-weight dL/dB = c G A^T, dL/dA = c B^T G, and dL/ds is the sum over each group of G dQ/ds.
+weight dL/dB = c G A^T, dL/dA = c B^T G, and dL/ds is the sum over each group of G dQ/ds. Where W is trained,
+dL/dV = u G dQ/dW with the units u of its shift V.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +149,8 @@ class _Set:
         self.shapes = [(fake.out_features, fake.in_features) for fake in fakes]
         self.counts = [fake.low.numel() for fake in fakes]
         self.scaling = [member.scaling for member in members]
+        trained = [fake.unit.flatten() for fake in fakes if fake.shift is not None]
+        self.unit = torch.cat(trained)[:, None] if trained else None
 
     def make(self) -> None:
         """Compute the weights of all members and hand them out, unless autocast is on."""
@@ -155,8 +158,9 @@ class _Set:
             return
         gammas = [member.fake.gamma for member in self.members]
         betas = [member.fake.beta for member in self.members]
+        shifts = [member.fake.shift for member in self.members]
         adapters = [tensor for member in self.members for tensor in member.adapter()]
-        weights = _JointWeights.apply(self, *gammas, *betas, *adapters)
+        weights = _JointWeights.apply(self, *gammas, *betas, *shifts, *adapters)
         for member, weight in zip(self.members, weights, strict=True):
             member.holder.joint = weight
 
@@ -170,26 +174,32 @@ class _Set:
         parts = groups.split(self.counts)
         return [part.view(out, -1)[:, :columns] for part, (out, columns) in zip(parts, self.shapes, strict=True)]
 
-    def stack(self, weights: tuple[Tensor, ...]) -> Tensor:
+    def shifted(self, shifts: Sequence[Tensor | None]) -> Tensor:
+        """What is quantized, (groups of all, g): W, or W + u V where it is trained."""
+        return self.W if self.unit is None else self.W + self.stack(shifts) * self.unit
+
+    def stack(self, weights: Sequence[Tensor | None]) -> Tensor:
         """The inverse of `split`, with zeros where a last group is short."""
         short = [-columns % self.width for _, columns in self.shapes]
-        padded = [F.pad(V, (0, missing)) if missing else V for V, missing in zip(weights, short, strict=True)]
+        pairs = [(V, missing) for V, missing in zip(weights, short, strict=True) if V is not None]
+        padded = [F.pad(V, (0, missing)) if missing else V for V, missing in pairs]
         return torch.cat([V.reshape(-1, self.width) for V in padded])
 
 
 class _JointWeights(torch.autograd.Function):
-    """The weights (out, in) of all members of a set; differentiable in their gamma, beta, A and B."""
+    """The weights (out, in) of all members of a set; differentiable in their gamma, beta, V, A and B."""
 
     @staticmethod
     def forward(ctx, joint: _Set, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         ctx.joint = joint
         count = len(joint.members)
         gamma, beta = (torch.cat([p.flatten() for p in part]) for part in _halves(parameters[: 2 * count]))  # type: ignore[union-attr]
-        adapters = parameters[2 * count :]
+        shifts, adapters = parameters[2 * count : 3 * count], parameters[3 * count :]
         s, z = clipped(gamma, beta, joint.low, joint.high, joint.grid)
-        ctx.save_for_backward(gamma, beta, s, z, *adapters)
+        W = joint.shifted(shifts)
+        ctx.save_for_backward(W, gamma, beta, s, z, *adapters)
         top, balanced = joint.grid.top, joint.grid.balanced
-        Q = sweeps.dequantized(joint.W, s[:, None], z[:, None], top, balanced, joint.width, torch.float32)
+        Q = sweeps.dequantized(W, s[:, None], z[:, None], top, balanced, joint.width, torch.float32)
         weights = joint.split(Q)
         for weight, A, B, c in zip(weights, adapters[::2], adapters[1::2], joint.scaling, strict=True):
             if A is not None and B is not None:
@@ -200,10 +210,13 @@ class _JointWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):  # type: ignore[override]
         joint: _Set = ctx.joint
-        gamma, beta, s, z, *adapters = ctx.saved_tensors
+        W, gamma, beta, s, z, *adapters = ctx.saved_tensors
         G = joint.stack(grads)
-        top, balanced = joint.grid.top, joint.grid.balanced
-        for_s = sweeps.scale_gradient(G, joint.W, s[:, None], z[:, None], top, balanced, joint.width)
+        rest = (W, s[:, None], z[:, None], joint.grid.top, joint.grid.balanced, joint.width)
+        for_s = sweeps.scale_gradient(G, *rest)
+        for_shifts: list[Tensor | None] = [None] * len(joint.members)
+        if joint.unit is not None:
+            for_shifts = [*joint.split(sweeps.weight_gradient(G, *rest).mul_(joint.unit))]
         both = clipped_gradient(for_s.flatten(), gamma, beta, joint.low, joint.high, joint.grid)
         for_ranges = [
             part.view(out, -1)
@@ -213,7 +226,7 @@ class _JointWeights(torch.autograd.Function):
         for_adapters: list[Tensor | None] = []
         for grad, A, B, c in zip(grads, adapters[::2], adapters[1::2], joint.scaling, strict=True):
             for_adapters += (None, None) if A is None else ((B.t() @ grad).mul_(c), (grad @ A.t()).mul_(c))
-        return None, *for_ranges, *for_adapters
+        return None, *for_ranges, *for_shifts, *for_adapters
 
 
 def _halves(values: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:

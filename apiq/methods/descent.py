@@ -40,7 +40,7 @@ class Objective:
     """Names of the parameters by their id, for messages."""
     scale: float | None = None
     """Factor on the loss in the backward pass, which keeps the gradients of float16 from vanishing."""
-    remedy: str = "lower quantize.lr_theta and quantize.lr_adapter, or set quantize.dtype to float32"
+    remedy: str = "lower quantize.lr_theta, lr_weight and lr_adapter, or set quantize.dtype to float32"
     """What to do when it cannot be minimised, for messages."""
     anneal: Callable[[float], None] | None = None
     """Called before each step with the share of all steps that was taken, and with 1 before a loss held out."""

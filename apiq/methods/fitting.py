@@ -31,7 +31,7 @@ class Turn:
     number: int
     count: int
     grid: bool
-    """Whether gamma and beta are trained."""
+    """Whether gamma and beta are trained, and W where it is."""
     adapters: bool
     """Whether the adapters are."""
 
@@ -82,6 +82,8 @@ class Fit:
         for fake in self.fakes.values():
             fake.gamma.requires_grad_(True)
             fake.beta.requires_grad_(True)
+            if params.lr_weight:
+                fake.train_weight()
 
     def turns(self) -> Iterator[Turn]:
         """What is to be trained, in order; between two turns the block changes.
@@ -101,14 +103,15 @@ class Fit:
     def groups(self, turn: Turn, name: str = "") -> list[Group]:
         """The parameter groups of Table A.1 in the linear `name`, or in the whole block without one.
 
-        Theta = (gamma, beta) and the adapters. Weight decay pulls towards 0, so adapter parameters for which
-        0 is not neutral are spared it.
+        Theta = (gamma, beta) and the adapters; before them the shifts of W where it is trained. Weight decay pulls
+        towards 0, so adapter parameters for which 0 is not neutral are spared it.
         """
         params, groups = self.params, []
         if turn.grid:
             fakes = [self.fakes[name]] if name else list(self.fakes.values())
             theta = [parameter for fake in fakes for parameter in (fake.gamma, fake.beta)]
             groups.append(Group(theta, params.lr_theta, params.decay_theta))
+            groups.append(Group([fake.shift for fake in fakes if fake.shift is not None], params.lr_weight, 0.0))
         if turn.adapters and self.adapters is not None:
             inside = self.problem.block.get_submodule(name)
             for decays, decay in ((True, params.decay_adapter), (False, 0.0)):

@@ -46,6 +46,8 @@ class BlockSizes:
     """Groups of all its linears: each has a scale and a zero point."""
     adapter: int
     """Adapter parameters."""
+    moving: int
+    """Weights of its linears where they are trained themselves, else 0."""
     largest: int
     """Weights of its largest linear."""
     widest: int
@@ -58,9 +60,10 @@ def solver(method: str, block: BlockSizes, work: Pass, passing: int, weight_byte
     """Bytes on the device to quantize one block.
 
     The weights in the precision in which they are computed with, the extrema and clipping parameters (low, high,
-    gamma, beta) of each group, adapters in float32, the moments of AdamW with their guard, and the largest of
-    a step (the activations kept for backward, gradients and temporaries), a pass of many windows without gradients,
-    and the packing of a linear at the end. Methods that are not FITTED hold second moments instead, or nothing.
+    gamma, beta) of each group, in float32 the adapters and the shifts of weights that are trained, the moments of AdamW
+    with their guard, and the largest of a step (the activations kept for backward, gradients and temporaries), a pass
+    of many windows without gradients, and the packing of a linear at the end. Methods that are not FITTED hold second
+    moments instead, or nothing.
 
     Args:
         method: quantize.method.
@@ -76,11 +79,11 @@ def solver(method: str, block: BlockSizes, work: Pass, passing: int, weight_byte
         moments = FLOAT * MOMENTS.get(method, 0) * block.widest**2
         return {"block": weights, "moments": moments, "step": max(passing, largest)}
     adapter = 0 if method == "omniquant" else block.adapter
-    trained = 2 * block.groups + adapter
+    trained = 2 * block.groups + adapter + block.moving
     kept = FLOAT * TRANSFORMED * block.weights if method == "omniquant" else 0
     return {
         "block": weights,
-        "grids and adapters": FLOAT * (4 * block.groups + adapter),
+        "grids and adapters": FLOAT * (4 * block.groups + adapter + block.moving),
         "optimizer": FLOAT * (2 + GUARD) * trained,
         "step": max(work.peak + kept, passing, largest),
     }

@@ -33,6 +33,7 @@ def block_sizes(block: nn.Module, packed: PackedBlock, params: QuantizeParams, w
         weights=sum(parameter.numel() for parameter in block.parameters()),
         groups=sum(linear.out_features * grid.groups(linear.in_features) for linear in found),
         adapter=sum(value.numel() for value in packed.adapters.values()),
+        moving=sum(linear.weight.numel() for linear in found) if params.lr_weight else 0,
         largest=max(linear.weight.numel() for linear in found),
         widest=max(linear.in_features for linear in found),
         small=sum(p.numel() for p in block.parameters() if p.numel() * weight_bytes < SMALL),

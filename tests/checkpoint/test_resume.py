@@ -24,14 +24,15 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("method", ["rtn", "apiq-lw", "apiq-bw"])
-def test_resumed_equals_uninterrupted_bit_for_bit(make, work, method):
-    whole, _ = make("whole", method=method, epochs=2)
+@pytest.mark.parametrize("settings", [{"method": "rtn"}, {"method": "apiq-lw"}, {}, {"lr_weight": 0.01}])
+def test_resumed_equals_uninterrupted_bit_for_bit(make, work, settings):
+    settings = {"method": "apiq-bw", "epochs": 2, **settings}
+    whole, _ = make("whole", **settings)
     with pytest.raises(Stopped):
-        make("stopped", method=method, epochs=2, progress=stop_at(1.0 if method == "rtn" else 1.2))
+        make("stopped", **settings, progress=stop_at(1.0 if settings["method"] == "rtn" else 1.2))
     assert len(list(work.iterdir())) == 1
     steps = []
-    resumed, _ = make("stopped", method=method, epochs=2, progress=steps.append)
+    resumed, _ = make("stopped", **settings, progress=steps.append)
     assert min(step.done for step in steps) >= 1
     assert content(resumed) == content(whole)
     assert not list(work.iterdir())

@@ -26,7 +26,7 @@ class Feed(nn.Module):
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def feed(group=16, symmetric=False, **lora):
+def feed(group=16, symmetric=False, moving=False, **lora):
     torch.manual_seed(0)
     block = Feed(Grid(2, group, symmetric))
     with torch.no_grad():
@@ -36,6 +36,10 @@ def feed(group=16, symmetric=False, **lora):
                 parameter.normal_(std=0.1)
             if name.endswith(("gamma", "beta")):
                 parameter.uniform_(-1, 4).requires_grad_(True)
+        for module in [*block.modules()] if moving else []:
+            if isinstance(module, FakeQuantLinear):
+                module.train_weight()
+                module.shift.normal_()
     return block
 
 
@@ -52,8 +56,9 @@ def trained(block, x):
 
 @pytest.mark.parametrize("group", [0, 16, 43])
 @pytest.mark.parametrize("symmetric", [False, True, "balanced"])
-def test_outputs_and_gradients_are_the_same(group, symmetric):
-    block, x = feed(group, symmetric), torch.randn(3, 9, 48, requires_grad=True)
+@pytest.mark.parametrize("moving", [False, True])
+def test_outputs_and_gradients_are_the_same(group, symmetric, moving):
+    block, x = feed(group, symmetric, moving), torch.randn(3, 9, 48, requires_grad=True)
     apart = trained(block, x)
     seen = []
     hook = block.up.register_forward_hook(lambda module, args, output: seen.append(module.joint is not None))

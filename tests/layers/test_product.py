@@ -21,17 +21,23 @@ def linear(group=32, symmetric=False, bias=True, dtype=torch.float32):
 
 def gradients(fake, x, output):
     output.square().sum().backward()
-    found = [x.grad, fake.gamma.grad, fake.beta.grad]
-    x.grad = fake.gamma.grad = fake.beta.grad = None
+    parameters = [x, fake.gamma, fake.beta] + ([] if fake.shift is None else [fake.shift])
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     return found
 
 
 @pytest.mark.parametrize("group", [0, 32, 43])
 @pytest.mark.parametrize("symmetric", [False, True, "balanced"])
 @pytest.mark.parametrize("rows", [1, 700, 2**20])
-def test_output_and_gradients_equal_those_of_the_differentiable_weight(group, symmetric, rows, monkeypatch):
+@pytest.mark.parametrize("moving", [False, True])
+def test_output_and_gradients_equal_those_of_the_differentiable_weight(group, symmetric, rows, moving, monkeypatch):
     monkeypatch.setattr(module, "ROWS", rows)
     fake = linear(group, symmetric)
+    if moving:
+        fake.train_weight()
+        fake.shift.data.normal_()
     x = torch.randn(2, 5, 100, requires_grad=True)
     plain = F.linear(x, fake.weight, fake.bias)
     assert torch.equal(fake(x), plain)
@@ -49,6 +55,21 @@ def test_autocast_computes_what_the_plain_linear_computes_in_it(dtype):
     assert torch.equal(mine, plain)
     for one, other in zip(gradients(fake, x, mine.float()), gradients(fake, x, plain.float()), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
+
+
+def test_a_weight_moves_in_units_of_its_scales_by_the_straight_through_gradient():
+    fake = linear(dtype=torch.bfloat16)
+    s, z = fake.scale_and_zero()
+    fake.train_weight()
+    fake.shift.data.normal_(std=2)
+    units = s.detach().repeat_interleave(32, 1)[:, :100]
+    moved = fake.full_weight.float() + units * fake.shift
+    assert torch.equal(fake.shifted, moved)
+    free = (moved / units).round() + z.repeat_interleave(32, 1)[:, :100]
+    fake.weight.sum().backward()
+    assert torch.equal(fake.shift.grad, units * ((free >= 0) & (free <= 3)))
+    packed = fake.packed()
+    assert torch.equal(packed.dequantized(), fake.weight) and packed.dequantized().dtype == torch.bfloat16
 
 
 def test_nothing_of_the_size_of_the_weight_is_kept_but_the_weight_itself():

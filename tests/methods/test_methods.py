@@ -38,8 +38,9 @@ def test_rtn_rounds_every_linear_to_its_own_grid(problem):
 
 
 @pytest.mark.parametrize("method", ["apiq-lw", "apiq-bw"])
-def test_what_was_trained_is_what_is_deployed(problem, method):
-    params = settings(method=method)
+@pytest.mark.parametrize("lr_weight", [0, 0.02])
+def test_what_was_trained_is_what_is_deployed(problem, method, lr_weight):
+    params = settings(method=method, lr_weight=lr_weight)
     solution = build(params).solve(problem)
     everything = slice(0, 6)
     trained = problem.run(problem.Xq[everything], everything).detach()
@@ -66,6 +67,16 @@ def test_codes_ranges_and_both_adapters_all_move(problem, method):
             key = f"{name}.lora_{part}.weight"
             assert not torch.equal(still.adapters[key], moved.adapters[key])
     assert any(not torch.equal(still.linears[name].codes, moved.linears[name].codes) for name in still.linears)
+
+
+def test_a_weight_that_moves_fits_better_than_one_that_stays_and_is_left_as_it_was(problem):
+    errors = {}
+    for rate in (0, 0.01):
+        case = copy.deepcopy(problem)
+        originals, before = case.linears(), copy.deepcopy(case.block.state_dict())
+        _, errors[rate] = deployed_error(case, settings(method="apiq-bw", epochs=12, lr_weight=rate))
+        assert all(torch.equal(linear.weight, before[f"{name}.weight"]) for name, linear in originals.items())
+    assert errors[0.01] < 0.9 * errors[0]
 
 
 def test_blockwise_beats_layerwise_and_rounding(problem):

@@ -1,5 +1,6 @@
 """The arithmetic of memory and time on numbers that can be checked by hand."""
 
+import dataclasses
 import typing
 
 import pytest
@@ -11,7 +12,7 @@ from apiq.planning import memory
 from apiq.planning.forecast import fit, two_sizes
 from apiq.planning.step import Pass
 
-BLOCK = memory.BlockSizes(weights=1000, groups=20, adapter=60, largest=300, widest=30, small=400)
+BLOCK = memory.BlockSizes(weights=1000, groups=20, adapter=60, moving=0, largest=300, widest=30, small=400)
 WORK = Pass(kept=5000, peak=9000, flops_forward=0, flops=0)
 
 
@@ -22,6 +23,8 @@ def test_a_fitted_block():
     assert parts["optimizer"] == 4 * 5 * (2 * 20 + 60)  # two moments, three copies of the last good state
     assert parts["step"] == 9000
     assert memory.solver("apiq-bw", BLOCK, WORK, passing=10**5, weight_bytes=2)["step"] == 10**5
+    moving = memory.solver("apiq-bw", dataclasses.replace(BLOCK, moving=900), WORK, passing=700, weight_bytes=2)
+    assert sum(moving.values()) - sum(parts.values()) == 4 * 6 * 900
 
 
 def test_packing_a_large_linear_outweighs_a_small_step():
