@@ -128,7 +128,7 @@ def _quantization(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> 
     ]
     calibration = facts.get("calibration")
     if calibration:
-        fitted = ("epochs", "batch_size", "lr_theta", "lr_adapter")
+        fitted = ("epochs", "batch_size", "lr_theta", "lr_weight", "lr_adapter")
         rows += [(name, facts["parameters"][name]) for name in fitted if name in facts["parameters"]]
         rows += [(f"calibration {name}", value) for name, value in sorted(calibration.items())]
     refined = facts.get("refined", {})
