@@ -43,8 +43,8 @@ def test_cells_are_listed_and_none_is_run(apiq, tmp_path):
     assert status == 0
     assert "below-two-bits-1-32-apiq-bw" in out and "refused: NormalFloat has 2 to 4 bits" in out
     told = json.loads(apiq("sweep", FILE, "--list", "--json")[1])
-    assert len(told["cells"]) == 44
-    assert sum(cell["refused"] is not None for cell in told["cells"]) == 2
+    assert len(told["cells"]) == 66
+    assert sum(cell["refused"] is not None for cell in told["cells"]) == 10
     assert not (tmp_path / "data" / "sweeps").exists()
 
 
