@@ -111,7 +111,8 @@ class Fit:
             fakes = [self.fakes[name]] if name else list(self.fakes.values())
             theta = [parameter for fake in fakes for parameter in (fake.gamma, fake.beta)]
             groups.append(Group(theta, params.lr_theta, params.decay_theta))
-            groups.append(Group([fake.shift for fake in fakes if fake.shift is not None], params.lr_weight, 0.0))
+            shifts = [fake.shift for fake in fakes if fake.shift is not None]
+            groups += [Group(shifts, params.lr_weight, 0.0)] if shifts else []
         if turn.adapters and self.adapters is not None:
             inside = self.problem.block.get_submodule(name)
             for decays, decay in ((True, params.decay_adapter), (False, 0.0)):
