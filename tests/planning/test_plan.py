@@ -233,7 +233,7 @@ import json, sys, torch
 from apiq.params import QuantizeParams
 from apiq.quantization import quantize
 small, folder, out, windows, length = sys.argv[1:4] + [int(n) for n in sys.argv[4:]]
-settings = QuantizeParams(recipe="paper", rank=4, group_size=64, epochs=1, device="cpu")
+settings = QuantizeParams(recipe="best", rank=4, group_size=64, epochs=1, device="cpu")
 def peak():  # of this program: ru_maxrss starts with that of the parent
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 quantize(small, torch.randint(0, 61, (2, 8)), settings, out)
