@@ -68,7 +68,7 @@ def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, r
     """One row: seconds and bytes of each, their ratios, and how far the gradients are apart."""
     problem = one_block(width, tokens, dtype, device)
     plain = copy.deepcopy(problem.block)
-    params = QuantizeParams(bits=2, group_size=GROUP, rank=RANK)
+    params = QuantizeParams(recipe="paper", bits=2, group_size=GROUP, rank=RANK)
     fit = Fit(problem, params)
     twin = reference_block(problem.block)
     steps = {

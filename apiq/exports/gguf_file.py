@@ -190,7 +190,7 @@ def _scaling(adapter: Path) -> float:
     if not plain or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ApiqError(
             f"GGUF holds plain LoRA of one rank; the adapter of type {config['peft_type']} in {adapter} is another: "
-            "quantize with adapter lora and without candidate_ranks, or apiq merge first and convert the dense model."
+            "set quantize.adapter: lora and no candidate_ranks, or apiq merge first and convert the dense model."
         )
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
