@@ -43,7 +43,8 @@ def block_config(
     Raises:
         ApiqError: targets or options that the block or PEFT does not know, or sizes that the tuner cannot take.
     """
-    return _config(params, linears, _pattern, start, ranks)
+    carriers = targets(params, linears, strict=False) if ranks else ()
+    return _config(params, linears, _pattern, start, {name: ranks[name] for name in carriers if name in ranks})
 
 
 def model_config(
@@ -105,7 +106,8 @@ def _config(
 ) -> peft.PeftConfig:
     tuner, site = TUNERS[params.adapter], _site(params, linears, pattern)
     _check_rank(params, tuner, site.shapes)
-    settings = {**tuner.settings(site), **_options(params, tuner), **_own_ranks(params, ranks)}
+    settings = {**tuner.settings(site), **_options(params, tuner)}
+    settings |= _own_ranks(params, ranks, bool(settings.get("use_rslora")))
     if tuner.moves_weight and not start:
         settings["init_lora_weights"] = True  # what it moved out of W is in the adapters that are loaded
     try:
@@ -114,17 +116,18 @@ def _config(
         raise refused(params, error) from None
 
 
-def _own_ranks(params: QuantizeParams, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _own_ranks(params: QuantizeParams, ranks: Mapping[str, int], by_root: bool) -> dict[str, Any]:
     """The fields of a LoRA that has these ranks, and on every linear the scaling of `alpha` at `rank`.
 
-    Engines that look at r and lora_alpha alone thus find room for every rank, and the scaling of every linear.
+    Engines that look at r and lora_alpha alone thus find room for every rank, and the scaling of every linear, which
+    is alpha / sqrt(r) instead of alpha / r where it is `by_root`.
     """
     if not ranks:
         return {}
-    power = 0.5 if params.adapter == "rslora" else 1.0
+    power = 0.5 if by_root else 1.0
     alphas = {rank: params.alpha * (rank / params.rank) ** power for rank in ranks.values()}
     largest = max(alphas)
-    others = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}  # PEFT takes ends too
     return {
         "r": largest,
         "lora_alpha": whole(alphas[largest]),

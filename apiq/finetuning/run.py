@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from apiq.meter import Meter
 from apiq.params import FinetuneParams
 from apiq.progress import Progress, silent
 from apiq.randomness import borrowed
-from apiq.work import code_version, work_folder
+from apiq.work import alone, code_version, work_folder
 
 COLUMNS = ["step", "loss", "held_out_loss", "learning_rate"]
 CONFIG = "adapter_config.json"
@@ -67,7 +69,8 @@ def finetune(
 
     Raises:
         ApiqError: the folder has no adapters or is damaged, the data cannot be used, the adapters cannot be pooled,
-            a step cannot be divided among the processes, or a loss is not finite (finished checkpoints are kept).
+            a step cannot be divided among the processes, another process does this very work, or a loss is not
+            finite (finished checkpoints are kept).
     """
     meter, folder, out = Meter(), Path(folder), Path(out)
     device = parallel.join(pick_device(params.device))
@@ -81,20 +84,22 @@ def finetune(
             give_back_freed()
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
         examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
-        work = _work(folder, loaded, params, examples)
-        pooling = Pooling(loaded.model, "finetune.pooled") if params.pooled else None
-        if pooling is not None and parallel.rank() == 0:
-            loaded.model.save_pretrained(str(work / POOLED))
-        tracks = out.parent / TRACKING / f"{out.name}-{work.name[:8]}"
-        trainer = AdapterTrainer(loaded.model, examples, params, work, progress, tracker(params, tracks), pooling)
-        start = _start(trainer, work)
-        newest = newest_checkpoint(work)
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    began = folder / "adapter" if pooling is None else work / POOLED
-    if parallel.rank() == 0:
-        _write(out, began, loaded, examples, start, trainer.state, pooling)
-        shutil.rmtree(work)
-    parallel.wait()
+        with _at_work(folder, loaded, params, examples) as work:
+            first = parallel.rank() == 0
+            pooling = Pooling(loaded.model, "finetune.pooled") if params.pooled else None
+            if pooling is not None and first:
+                loaded.model.save_pretrained(str(work / POOLED))
+            tracks = out.parent / TRACKING / f"{out.name}-{work.name[:8]}"
+            told = tracker(params, tracks) if first else ()
+            trainer = AdapterTrainer(loaded.model, examples, params, work, progress, told, pooling)
+            start = _start(trainer, work)
+            newest = newest_checkpoint(work)
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            if first:
+                began = folder / "adapter" if pooling is None else work / POOLED
+                _write(out, began, loaded, examples, start, trainer.state, pooling)
+                shutil.rmtree(work)
+            parallel.wait()
     return read_json(out / "metrics.json") | meter.reading()
 
 
@@ -104,18 +109,24 @@ def _is_large(loaded: Loaded) -> bool:
     return sum(linear.in_features * linear.out_features for linear in packed) > LIMIT
 
 
-def _work(folder: Path, loaded: Loaded, params: FinetuneParams, examples: Examples) -> Path:
-    """Where the checkpoints of this very run are; half-written ones are removed."""
-    inputs = {"start": _content(folder), "base": _content(loaded.folder), "data": examples.source}
+@contextlib.contextmanager
+def _at_work(folder: Path, loaded: Loaded, params: FinetuneParams, examples: Examples) -> Iterator[Path]:
+    """Where the checkpoints of this very run are, held by its first process; half-written ones are removed.
+
+    Raises:
+        ApiqError: another process does this very work.
+    """
     work = work_folder(
-        {"finetune": params.model_dump(exclude={"tracking"}), "code": code_version(), **inputs}
-    ).resolve()
-    if parallel.rank() == 0:
-        for checkpoint in work.glob("checkpoint-*"):
-            if not (checkpoint / COMPLETE).exists():
-                shutil.rmtree(checkpoint)
-    parallel.wait()
-    return work
+        {"finetune": params.model_dump(exclude={"tracking"}), "code": code_version(), "processes": parallel.size(),
+         "start": _content(folder), "base": _content(loaded.folder), "data": examples.source}
+    ).resolve()  # fmt: skip
+    with alone(work) if parallel.rank() == 0 else contextlib.nullcontext():
+        if parallel.rank() == 0:
+            for checkpoint in work.glob("checkpoint-*"):
+                if not (checkpoint / COMPLETE).exists():
+                    shutil.rmtree(checkpoint)
+        parallel.wait()
+        yield work
 
 
 def _content(folder: Path) -> dict[str, str]:

@@ -52,11 +52,11 @@ def allocate(
     """The number of the candidate that each linear takes: the least sum of costs in `budget` bits, adapters in `room`.
 
     Linears named together in `tied` (query, key and value; gate and up) take candidates of one kind. Every size is
-    to be offered with an adapter so small that all have room: without it there is no solution.
+    to be offered with an adapter so small that all have room.
 
     Raises:
         BudgetTooSmall: not even the smallest candidates fit.
-        ValueError: tied linears have candidates of different kinds.
+        ValueError: tied linears have candidates of different kinds, or the smallest adapters have no room.
     """
     together = [names for names in ([name for name in names if name in candidates] for names in tied) if len(names) > 1]
     least = _least(candidates, together)
@@ -67,6 +67,8 @@ def allocate(
     costs = np.array([each.cost for each in offers])
     owner = np.repeat(np.arange(len(candidates)), [len(offer) for offer in candidates.values()])
     smallest = sum(min(each.adapter for each in offer) for offer in candidates.values())
+    if smallest > room:
+        raise ValueError(f"the smallest adapters hold {smallest} numbers, and there is room for {room}")
     floors = np.array([least / budget, smallest / room])
     for slack in (0.0, SLACK):
         chosen = _solved(spent, np.maximum(1 - slack, floors), costs, owner, _ties(candidates, together))

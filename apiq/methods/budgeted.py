@@ -118,15 +118,16 @@ def candidates(W: Tensor, weights: Weights, params: QuantizeParams, carries: boo
 
     The low-rank part of a rank is the best one for W, and the same for all grids.
     """
-    G = torch.diag(weights.columns.square())
-    costs: list[float] = []
-    for rank, grids in _by_rank(params).items():
-        rest = W
-        if carries:
-            A, B = weighted(W, torch.zeros_like(W), weights.rows, weights.columns, rank)
-            rest = W - B @ A.t()
-        costs += [float(weights.error(rest - _rounded(rest, grid, G))) for grid in grids]
-    return offered(W.shape, params, costs, carries)
+    G, grids, ranks = torch.diag(weights.columns.square()), candidate_grids(params), _ranks(params)
+
+    def costs(rest: Tensor) -> list[float]:
+        return [float(weights.error(rest - _rounded(rest, grid, G))) for grid in grids]
+
+    if not carries:
+        return offered(W.shape, params, costs(W) * len(ranks), carries)
+    A, B = weighted(W, torch.zeros_like(W), weights.rows, weights.columns, max(ranks))
+    found = [cost for rank in ranks for cost in costs(W - B[:, :rank] @ A[:, :rank].t())]
+    return offered(W.shape, params, found, carries)
 
 
 def offered(shape: tuple[int, ...], params: QuantizeParams, costs: Iterable[float], carries: bool) -> list[Candidate]:
@@ -182,11 +183,11 @@ def tied(names: Iterable[str]) -> list[list[str]]:
 
 def choices(params: QuantizeParams) -> list[Choice]:
     """The grids and ranks that each linear is offered, rank by rank."""
-    return [Choice(grid, rank) for rank, grids in _by_rank(params).items() for grid in grids]
+    return [Choice(grid, rank) for rank in _ranks(params) for grid in candidate_grids(params)]
 
 
-def _by_rank(params: QuantizeParams) -> dict[int, list[Grid]]:
-    return dict.fromkeys(params.candidate_ranks or [params.rank], candidate_grids(params))
+def _ranks(params: QuantizeParams) -> list[int]:
+    return list(dict.fromkeys(params.candidate_ranks or [params.rank]))
 
 
 def candidate_grids(params: QuantizeParams) -> list[Grid]:

@@ -74,7 +74,8 @@ class Calibration:
         start, cpu = time.monotonic(), time.process_time()
         factor = self._narrowing()
         config = narrowed(self.outline.config, factor) if factor > 1 else self.outline.config
-        params = self.params.model_copy(update={"rank": max(1, self.params.rank // factor)})
+        rank, *ranks = (max(1, rank // factor) for rank in (self.params.rank, *self.params.candidate_ranks))
+        params = self.params.model_copy(update={"rank": rank, "candidate_ranks": ranks})
         with TemporaryDirectory(dir=standing(self.work), prefix=".apiq-plan.") as folder:
             trial = Trial(config, params, self.device, self.compute, self.outline.storage, Path(folder))
             self._rate = self._measured_rate(trial)

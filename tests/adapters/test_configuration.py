@@ -4,8 +4,10 @@ import re
 from typing import get_args
 
 import pytest
+from torch import nn
 
 from apiq.adapters.configuration import block_config, model_config, resolved, targets
+from apiq.adapters.injection import Adapters
 from apiq.adapters.tuners import REFUSED, TUNERS
 from apiq.errors import ApiqError
 from apiq.params import parse
@@ -113,3 +115,33 @@ def test_a_config_that_would_not_be_the_same_in_all_blocks_is_refused(adapter):
     resolved(settings(adapter="lora", rank=16), [LLAMA, other])
     with pytest.raises(ApiqError, match=f"adapter is {adapter}, which needs the same linears in all blocks"):
         resolved(settings(adapter=adapter, rank=16), [LLAMA, other])
+
+
+def test_a_rank_of_its_own_reaches_the_linear_whose_name_ends_another():
+    """BERT has output.dense in the block, and attention.output.dense; the feed-forward part carries nothing here."""
+    names = ("attention.self.query", "attention.output.dense", "output.dense", "intermediate.dense")
+    block, shapes = nn.Module(), {name: (24, 24) for name in names}
+    for name in names:
+        parent = block
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(24, 24))
+    params = settings(adapter_targets=list(names[:3]), rank=4, alpha=8.0)
+    wanted = dict(zip(names, (8, 6, 2, 5), strict=True))
+    Adapters(block, params, shapes, seed=0, ranks=wanted)
+    found = {name: module.r["default"] for name, module in block.named_modules() if hasattr(module, "lora_A")}
+    assert found == {name: wanted[name] for name in names[:3]}
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [({}, 2.0), ({"adapter": "rslora"}, 4.0), ({"adapter": "lora", "adapter_options": {"use_rslora": True}}, 4.0)],
+)
+def test_the_scaling_of_every_rank_is_that_of_rank(values, scaling):
+    params = settings(rank=4, alpha=8.0, **values)
+    config = block_config(params, LLAMA, ranks={name: 2 + 3 * index for index, name in enumerate(LLAMA)})
+    power = 0.5 if config.use_rslora else 1.0
+    scalings = [config.alpha_pattern[key] / rank**power for key, rank in config.rank_pattern.items()]
+    assert [config.lora_alpha / config.r**power, *scalings] == pytest.approx([scaling] * len(LLAMA))

@@ -15,6 +15,7 @@ from apiq.evaluation.perplexity import perplexity
 from apiq.files import sha256_folder
 from apiq.finetuning.run import finetune
 from apiq.finetuning.sources import prepare
+from apiq.work import alone
 
 # peft 0.21 itself asks transformers for this
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -53,6 +54,14 @@ def test_learns_and_writes_what_it_says(quantized, params, whole_run, work):
     assert [int(row["step"]) for row in rows] == list(range(13))
     assert [int(row["step"]) for row in rows if row["held_out_loss"]] == [0, 4, 8, 12]
     assert min(float(row["held_out_loss"] or "inf") for row in rows) == metrics["held_out_loss_best"]
+
+
+def test_a_second_process_does_not_do_the_same_work(quantized, params, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr("apiq.finetuning.run.work_folder", lambda identity: tmp_path / "work")
+    with alone(tmp_path / "work"), pytest.raises(ApiqError, match="another process is doing this very work"):
+        finetune(quantized, params, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_loads_as_the_model_that_was_measured(quantized, params, whole_run):

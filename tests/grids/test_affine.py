@@ -159,15 +159,17 @@ def test_a_ternary_grid_of_another_symmetry_is_refused(symmetric):
 
 
 @pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize(("bits", "symmetric"), [*((bits, "balanced") for bits in (1, 2, 3, 4)), (TERNARY, True)])
-def test_cells_that_fill_the_range_lose_less_than_levels_that_reach_its_ends(bits, symmetric, group):
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "near"), [*((bits, "balanced", 1.15) for bits in (1, 2, 3, 4)), (TERNARY, True, 1.2)]
+)
+def test_cells_that_fill_the_range_lose_less_than_levels_that_reach_its_ends(bits, symmetric, near, group):
     """The start of the range: s = 2 max / levels against 2 max / (levels - 1), on normal weights."""
     W, grid = weight(9, out=64, in_features=256), Grid(bits, group, symmetric)
     s, z = scale_and_zero(*extrema(W, grid), grid)
     filling, reaching = (
         float((fake_quantize(W, scale, z, grid) - W).square().mean()) for scale in (s, s * (grid.top + 1) / grid.top)
     )
-    assert filling < reaching * (grid.top / (grid.top + 1)) ** 2 * 1.2
+    assert filling < reaching * (grid.top / (grid.top + 1)) ** 2 * near
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The budget is divided as well as by trying every choice, and is never overdrawn."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,9 @@ from apiq.methods.budget import GAP, BudgetTooSmall, Candidate, allocate
 KINDS = (0, 0, 1)
 CANDIDATES = st.tuples(
     *(
-        st.builds(Candidate, st.integers(1, 50), st.floats(0, 100, allow_subnormal=False), st.just(kind))
+        st.builds(
+            Candidate, st.integers(1, 50), st.floats(0, 100, allow_subnormal=False), st.just(kind), st.integers(1, 9)
+        )
         for kind in KINDS
     )
 )
@@ -22,12 +25,20 @@ def spent(candidates, chosen):
     return sum(each.size for each in picked), sum(each.cost for each in picked)
 
 
-def best_by_trying(candidates, budget, tied=()):
+def held(candidates, chosen):
+    return sum(candidates[name][number].adapter for name, number in chosen.items())
+
+
+def best_by_trying(candidates, budget, tied=(), room=math.inf):
     costs = []
     for numbers in itertools.product(range(3), repeat=len(candidates)):
         chosen = dict(zip(candidates, numbers, strict=True))
         size, cost = spent(candidates, chosen)
-        if size <= budget and all(len({KINDS[chosen[name]] for name in names}) == 1 for names in tied):
+        if (
+            size <= budget
+            and held(candidates, chosen) <= room
+            and all(len({KINDS[chosen[name]] for name in names}) == 1 for names in tied)
+        ):
             costs.append(cost)
     return min(costs)
 
@@ -55,6 +66,28 @@ def test_it_costs_as_little_as_the_best_of_all_choices(offers, share, tie):
     assert all(len({KINDS[chosen[name]] for name in names}) == 1 for names in tied)
     top = max(each.cost for offer in offers for each in offer) * max(1, len(tied[0]) if tied else 1)
     assert cost <= best_by_trying(candidates, budget, tied) * (1 + GAP) + 1e-5 * top
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(CANDIDATES, min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1))
+def test_adapters_stay_within_their_room_at_the_least_cost(offers, share, part):
+    """Every linear may have its smallest size with its smallest adapter, as where grids and ranks are crossed."""
+    candidates = {}
+    for number, offer in enumerate(offers):
+        least = Candidate(min(each.size for each in offer), 100.0, 0, min(each.adapter for each in offer))
+        candidates[f"{number}.linear"] = (least, *offer[1:])
+    smallest, largest = (
+        sum(bound(each.adapter for each in offer) for offer in candidates.values()) for bound in (min, max)
+    )
+    most = sum(max(each.size for each in offer) for offer in candidates.values())
+    least = sum(min(each.size for each in offer) for offer in candidates.values())
+    budget, room = least + share * (most - least), smallest + round(part * (largest - smallest))
+    chosen = allocate(candidates, budget, room=room)
+    size, cost = spent(candidates, chosen)
+    assert size <= budget and held(candidates, chosen) <= room
+    assert cost <= best_by_trying(candidates, budget, room=room) * (1 + GAP) + 1e-3
+    with pytest.raises(ValueError, match="smallest adapters"):
+        allocate(candidates, most, room=smallest - 0.5)
 
 
 def test_bits_go_where_an_error_costs_most():
