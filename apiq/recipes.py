@@ -38,7 +38,7 @@ BEST: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
         "lr_theta": 0.005,
         "decay_theta": 0.0,
-        "lr_weight": 0.001,
+        "lr_weight": 0.002,
         "lr_adapter": 0.002,
         "decay_adapter": 0.0,
     },
