@@ -69,22 +69,28 @@ def stop(process: subprocess.Popen[str], patience: float = PATIENCE) -> None:
     process.send_signal(signal.SIGINT)
     deadline, told = time.monotonic() + patience, set[int]()
     while time.monotonic() < deadline and (process.poll() is None or _members(process.pid)):
-        told |= _terminate_children(process.pid, but=told)  # again and again: DVC may be about to start the stage
+        told |= _terminate_rest(process, but=told)  # again and again: DVC may be about to start the stage
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _terminate_children(pid: int, but: set[int]) -> set[int]:
-    """Send SIGTERM to the descendants of a process other than `but`; return whom it was sent to."""
-    told = set()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            if child.pid not in but:
-                told.add(child.pid)
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.terminate()
+def _terminate_rest(process: subprocess.Popen[str], but: set[int]) -> set[int]:
+    """Send SIGTERM to the descendants of a process, and to what is left of its group once it has ended itself.
+
+    Those of `but` are left out; returned is whom it was sent to.
+    """
+    if process.poll() is not None:
+        rest = _members(process.pid)
+    else:
+        rest = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rest = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    told = set(rest) - but
+    for pid in told:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     return told
 
 
