@@ -60,7 +60,7 @@ def sweep(
     elif (folder / "table.md").is_file():
         Console().print((folder / "table.md").read_text(encoding="utf-8"), soft_wrap=True, markup=False)
     if not state.is_completed():
-        raise ApiqError(f"{state.message}.")
+        raise ApiqError(f"{str(state.message).removesuffix('.')}.")
 
 
 def _absolute(place: str | None) -> str | None:
