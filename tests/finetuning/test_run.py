@@ -64,6 +64,22 @@ def test_a_second_process_does_not_do_the_same_work(quantized, params, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_work_of_another_number_of_processes_is_not_taken_up(quantized, params, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(identity):
+        asked.append(identity)
+        raise Killed
+
+    monkeypatch.setattr("apiq.finetuning.run.work_folder", stop)
+    for size in (1, 2):
+        monkeypatch.setattr("apiq.finetuning.run.parallel.size", lambda size=size: size)
+        with pytest.raises(Killed):
+            finetune(quantized, params, tmp_path / "out")
+    assert [identity.pop("processes") for identity in asked] == [1, 2]
+    assert asked[0] == asked[1]
+
+
 def test_the_folder_loads_as_the_model_that_was_measured(quantized, params, whole_run):
     out, result = whole_run
     assert manifest.verify(out)["base"] == os.path.relpath(quantized, out)
