@@ -140,19 +140,20 @@ class Trial:
         step()
         times = []
         for _ in range(3):
-            with self._clock() as clock:
-                step()
-                times.append(clock())
+            start = self._now()
+            step()
+            times.append(self._now() - start)
         return min(times)
 
     @contextlib.contextmanager
     def _clock(self) -> Iterator[Any]:
-        """Seconds since its start: of this process on a CPU, where others may compute too, of the clock on a GPU."""
+        """Seconds since its start, with no garbage of earlier trials to collect in between."""
         gc.collect()
         start = self._now()
         yield lambda: self._now() - start
 
     def _now(self) -> float:
+        """Seconds of this process on a CPU, where others may compute too, of the clock on a GPU."""
         if self.device.type == "cpu":
             return time.process_time()
         torch.accelerator.synchronize()

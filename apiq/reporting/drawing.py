@@ -144,11 +144,18 @@ def svg(figure: Figure) -> str:
     """The figure as an SVG document without background, dates or names of programs."""
     stream = io.StringIO()
     with _style():
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # what is laid out stays, and a PNG of the same figure is like the SVG
+        _laid_out(figure)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", facecolor="none", metadata=nothing)
     return re.sub(r"(font: [^;']*px) 'DejaVu Sans'", rf"\1 {FONTS}", stream.getvalue())
+
+
+def _laid_out(figure: Figure) -> None:
+    """Lay `figure` out once and for all: a PNG of it is then like its SVG, and neither is laid out again."""
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)
 
 
 def save(figure: Figure, document: str, path: Path) -> None:

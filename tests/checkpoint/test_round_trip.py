@@ -178,6 +178,7 @@ def test_a_loaded_model_needs_its_folder_no_more(make):
     assert loaded.model(torch.tensor([[3, 5]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_is_compiled_placed_and_checkpointed_like_any_model_of_transformers(make, windows):
     """The backend without code generation: it traces as the others do and needs no compiler."""
     folder, _ = make()

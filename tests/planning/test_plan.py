@@ -66,11 +66,15 @@ def test_the_time_is_measured_on_this_machine(folder, tmp_path):
 
 @pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_is_planned(method, folder):
-    """Timed are one that descends, one that takes moments and one that looks at weights: what the trial tells apart."""
-    timed = method in ("omniquant", "closed-form", "lq-lora")
-    told = plan(params(folder, quantize={"method": method, "bits": 4, "group_size": 16}), timed=timed)
+    told = plan(params(folder, quantize={"method": method, "bits": 4, "group_size": 16}), timed=False)
     assert (told["finetune"] is None) == (method in WITHOUT_ADAPTERS)
-    assert not timed or told["quantize"]["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["omniquant", "closed-form", "lq-lora"])
+def test_methods_that_descend_take_moments_or_look_at_weights_are_timed(method, folder):
+    told = plan(params(folder, quantize={"method": method, "bits": 4, "group_size": 16}))
+    assert told["quantize"]["seconds"] > 0
 
 
 def test_fisher_weights_hold_the_inputs_of_all_blocks_and_gradients_of_one(folder):
