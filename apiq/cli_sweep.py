@@ -52,15 +52,27 @@ def sweep(
     if listed:
         _show_cells(planned, as_json)
         return
+    folder = Path("data/sweeps") / planned.name
+    earlier = _written(folder)
     with contextlib.redirect_stdout(sys.stderr):
         state = _flow()(str(file.resolve()), profile, model, calibration, text, settings, jobs, runner, threads)
-    folder = Path("data/sweeps") / planned.name
-    if as_json and (folder / "cells.json").is_file():
-        show(read_json(folder / "cells.json"), True)
-    elif (folder / "table.md").is_file():
-        Console().print((folder / "table.md").read_text(encoding="utf-8"), soft_wrap=True, markup=False)
+    if _written(folder) != earlier:
+        _show_results(folder, as_json)
     if not state.is_completed():
         raise ApiqError(f"{str(state.message).removesuffix('.')}.")
+
+
+def _written(folder: Path) -> int | None:
+    """When the results of a sweep were written last."""
+    path = folder / "table.md"
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _show_results(folder: Path, as_json: bool) -> None:
+    if as_json:
+        show(read_json(folder / "cells.json"), True)
+    else:
+        Console().print((folder / "table.md").read_text(encoding="utf-8"), soft_wrap=True, markup=False)
 
 
 def _absolute(place: str | None) -> str | None:

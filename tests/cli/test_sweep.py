@@ -73,6 +73,24 @@ def test_without_prefect_it_says_what_to_install(apiq, monkeypatch):
     assert "apiq sweep needs prefect, which is not here; clone the repository, run pip install -e '.[flows]'" in err
 
 
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_table_of_an_earlier_run_is_not_shown_for_a_run_that_wrote_none(apiq, monkeypatch, tmp_path, writes):
+    folder = tmp_path / "data/sweeps/below-two-bits"
+    folder.mkdir(parents=True)
+    (folder / "table.md").write_text("old")
+
+    def run_here(*_):
+        if writes:
+            (folder / "table.md").write_text("new")
+        return SimpleNamespace(is_completed=lambda: False, message="It failed")
+
+    flow = SimpleNamespace(run_here=run_here)
+    monkeypatch.setattr("apiq.cli_sweep.importlib", SimpleNamespace(import_module=lambda name: flow))
+    status, out, err = apiq("sweep", FILE)
+    assert (status, out.strip()) == (1, "new" if writes else "")
+    assert "It failed." in err
+
+
 @pytest.mark.parametrize(("runner", "package"), [("dask", "prefect-dask"), ("ray", "prefect-ray")])
 def test_a_runner_that_is_not_installed_is_named(runner, package):
     from flows.sweep import task_runner
