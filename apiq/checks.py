@@ -96,7 +96,8 @@ def check_model(model: ModelParams) -> None:
 
 def check_calibration(calibration: CalibrationParams, config: Config | None) -> None:
     """Refuse a corpus that is not there and windows beyond the context of the model."""
-    _check_corpus("calibration.corpus", calibration.corpus)
+    for key, source in _calibrated_on(calibration):
+        _check_corpus(key, source)
     _check_length("calibration.length", calibration.length, config)
 
 
@@ -157,13 +158,22 @@ def check_evaluate(evaluate: EvaluateParams, config: Config | None) -> None:
 
 def check_apart(calibration: CalibrationParams, evaluate: EvaluateParams) -> None:
     """Refuse to calibrate on the very corpus that is evaluated."""
-    used = _identity(calibration.corpus, "train")
     for name, corpus in evaluate.perplexity.items():
-        if _identity(corpus.text, "test") == used:
-            raise ApiqError(
-                f"calibration.corpus is {calibration.corpus}, on which evaluate.perplexity.{name} measures; "
-                "it should be another corpus or another split."
-            )
+        measured = _identity(corpus.text, "test")
+        for key, source in _calibrated_on(calibration):
+            if _identity(source, "train") == measured:
+                raise ApiqError(
+                    f"{key} is {source}, on which evaluate.perplexity.{name} measures; "
+                    "it should be another corpus or another split."
+                )
+
+
+def _calibrated_on(calibration: CalibrationParams) -> list[tuple[str, str]]:
+    """The corpora of the calibration windows, each behind the key that names it."""
+    return [
+        ("calibration.corpus", calibration.corpus),
+        *(("a corpus of calibration.mixture", source) for source in calibration.mixture),
+    ]
 
 
 def _check_corpus(key: str, source: str) -> None:

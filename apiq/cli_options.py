@@ -59,16 +59,8 @@ def unescape(text: str) -> str:
 
 
 def calibration_windows(folder: Path, params: Params) -> Any:
-    """Windows (n, length) of the calibration corpus, cut with the tokenizer of the model in `folder`."""
-    import torch
-
-    from apiq.calibration.corpora import load_corpus
-    from apiq.calibration.windows import frame, sample_windows, tokenize
+    """Windows (n, length) of the calibration text, cut with the tokenizer of the model in `folder`."""
+    from apiq.calibration.mixture import draw_windows
     from apiq.checkpoint.loading import read_tokenizer
 
-    chosen = params.calibration
-    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
-    tokenizer = read_tokenizer(folder)
-    tokens, around = tokenize(corpus.text, tokenizer), frame(tokenizer)
-    generator = torch.Generator().manual_seed(chosen.seed)
-    return around.around(sample_windows(tokens, chosen.windows, around.inside(chosen.length), generator))
+    return draw_windows(params.calibration, read_tokenizer(folder))[0]

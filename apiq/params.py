@@ -73,6 +73,9 @@ class CalibrationParams(Section):
     corpus: Annotated[str, Field(min_length=1)] = "wikitext2"
     """A .txt, .jsonl or .parquet file, a folder of them, or one of demo, wikitext2, c4, ptb, pile,
     with `:SPLIT` behind the name for another split than train."""
+    mixture: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """More corpora, in the same forms. The windows are drawn from `corpus` and these in equal parts, so one that is
+    named twice gives twice as many."""
     column: str = "text"
     """Column or key that holds the text in .parquet and .jsonl files."""
     join: str = "\n"
@@ -83,6 +86,12 @@ class CalibrationParams(Section):
     """Tokens in a window; at most the context of the model."""
     seed: Seed = 0
     """Seed of the random starts."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> CalibrationParams:
+        corpora = 1 + len(self.mixture)
+        require(self.windows >= corpora, "windows", self.windows, f"at least {corpora}, one of each corpus")
+        return self
 
 
 class FinetuneParams(Section):

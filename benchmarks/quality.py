@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from apiq.calibration.corpora import load_corpus
-from apiq.calibration.windows import consecutive_windows, sample_windows, tokenize
+from apiq.calibration.mixture import draw_windows
+from apiq.calibration.windows import consecutive_windows, tokenize
 from apiq.checkpoint.loading import load
 from apiq.evaluation.perplexity import perplexity
 from apiq.method_params import WITHOUT_ADAPTERS
@@ -57,7 +58,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", required=True, help="text to draw calibration windows from")
+    parser.add_argument(
+        "--calibration", required=True, nargs="+", help="texts to draw calibration windows from, in parts"
+    )
     parser.add_argument("--text", required=True, nargs="+", help="texts to measure perplexity on: PATH or NAME=PATH")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=32)
@@ -84,7 +87,6 @@ def measure(chosen: argparse.Namespace) -> list[dict[str, Any]]:
         name or Path(path).parent.name: consecutive_windows(_tokens(path, "test", full.tokenizer), EVALUATED, LENGTH)
         for name, _, path in (text.rpartition("=") for text in chosen.text)
     }
-    tokens = _tokens(chosen.calibration, "train", full.tokenizer)
     rows: list[dict[str, Any]] = []
 
     def add(row: dict[str, Any], model: Any) -> None:
@@ -98,7 +100,7 @@ def measure(chosen: argparse.Namespace) -> list[dict[str, Any]]:
 
     add({"method": "full precision"}, full.model)
     for seed in chosen.seeds:
-        windows = sample_windows(tokens, chosen.windows, LENGTH, torch.Generator().manual_seed(seed))
+        windows = _windows(chosen, seed, full.tokenizer)
         for bits in chosen.bits:
             for number, rank in enumerate(chosen.ranks):
                 for name in _wanted(chosen.methods, first=number == 0):
@@ -135,6 +137,12 @@ def _run(chosen: argparse.Namespace, windows: Tensor, cell: dict[str, Any], name
         add({"method": name, **cell, **kept}, load(refined, device="cpu").model)
 
 
+def _windows(chosen: argparse.Namespace, seed: int, tokenizer: Any) -> Tensor:
+    corpus, *mixture = chosen.calibration
+    drawn = {"corpus": corpus, "mixture": mixture, "windows": chosen.windows, "length": LENGTH, "seed": seed}
+    return draw_windows(parse({"calibration": drawn}).calibration, tokenizer)[0]
+
+
 def _tokens(source: str, split: str, tokenizer: Any) -> Tensor:
     return tokenize(load_corpus(source, split=split).text, tokenizer)
 
@@ -144,6 +152,7 @@ def _write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     protocol = {
         "model": chosen.model.name, "windows": chosen.windows, "length": LENGTH, "evaluated": EVALUATED,
         "group_size": chosen.group_size, "set": chosen.set,
+        "calibration": [str(Path(*Path(source).parts[-2:])) for source in chosen.calibration],
     }  # fmt: skip
     write(chosen.name or f"quality-{chosen.model.name}", {"protocol": protocol, "rows": rows}, CPU, chosen.out)
 

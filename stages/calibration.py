@@ -1,45 +1,57 @@
 """Draw the token windows on which activations are preserved; none repeats evaluated text."""
 
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
 from apiq.params import Params
 from apiq.progress import Progress, Step
 from stages import CALIBRATION, MODEL, run
 
+if TYPE_CHECKING:
+    import torch
+
 
 def main(params: Params, progress: Progress) -> None:
     """The model's tokenizer and a corpus to data/calibration/."""
-    import torch
-
     from apiq.calibration import store
     from apiq.calibration.corpora import load_corpus
     from apiq.calibration.leakage import sample_clean_windows
-    from apiq.calibration.windows import consecutive_windows, frame, tokenize
+    from apiq.calibration.mixture import draw_windows
+    from apiq.calibration.windows import consecutive_windows, tokenize
     from apiq.checkpoint.loading import read_tokenizer
     from apiq.models.source import locate
 
     chosen, texts = params.calibration, params.evaluate.perplexity
     tokenizer = read_tokenizer(locate(MODEL))
 
-    evaluated = {}
-    for done, (name, text) in enumerate(texts.items()):
-        progress(Step("calibration", done, len(texts) + 1, f"reading {text.text}"))
+    total = len(texts) + 1 + len(chosen.mixture)
+
+    def reading(source: str) -> None:
+        progress(Step("calibration", next(done), total, f"reading {source}"))
+
+    done, evaluated, left_out = itertools.count(), {}, []
+    for name, text in texts.items():
+        reading(text.text)
         tokens = tokenize(load_corpus(text.text, split="test", column=text.column, join=text.join).text, tokenizer)
         evaluated[name] = consecutive_windows(tokens, text.windows, text.length).flatten()
 
-    progress(Step("calibration", len(texts), len(texts) + 1, f"reading {chosen.corpus}"))
-    corpus = load_corpus(chosen.corpus, split="train", column=chosen.column, join=chosen.join)
-    tokens = tokenize(corpus.text, tokenizer)
-    generator = torch.Generator().manual_seed(chosen.seed)
-    around = frame(tokenizer)
-    length = around.inside(chosen.length)
-    windows, left_out = sample_clean_windows(tokens, chosen.windows, length, generator, evaluated)
+    def clean(tokens: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+        windows, dropped = sample_clean_windows(tokens, count, length, generator, evaluated)
+        left_out.append(dropped)
+        return windows
+
+    windows, (corpus, *others) = draw_windows(chosen, tokenizer, clean, reading)
     manifest = {
-        "corpus": {"name": corpus.name, "origin": corpus.origin, "sha256": corpus.sha256, "tokens": len(tokens)},
+        "corpus": corpus,
+        **({"mixture": others} if others else {}),
         "evaluated": sorted(evaluated),
-        "left_out": left_out,
+        "left_out": sum(left_out),
         "seed": chosen.seed,
     }
-    store.write(CALIBRATION, around.around(windows), manifest)
-    progress(Step("calibration", len(texts) + 1, len(texts) + 1))
+    store.write(CALIBRATION, windows, manifest)
+    progress(Step("calibration", total, total))
 
 
 if __name__ == "__main__":

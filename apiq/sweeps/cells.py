@@ -159,15 +159,24 @@ def _resolve(values: dict[str, Any], changes: Mapping[str, Any]) -> tuple[dict[s
     return {**changes, **rooted}, params.model_dump(mode="json")
 
 
-def _rooted(values: Mapping[str, Any]) -> dict[str, str]:
+def _rooted(values: Mapping[str, Any]) -> dict[str, Any]:
     """The absolute paths of models and texts that are files or folders here."""
     places = ["model.source", "calibration.corpus", "finetune.text", "finetune.pairs"]
     texts = values.get("evaluate", {}).get("perplexity", {})
     places += [f"evaluate.perplexity.{name}.text" for name in texts]
     given = leaves({key: values.get(key, {}) for key in ("model", "calibration", "finetune", "evaluate")})
     found = {place: given[place] for place in places if isinstance(given.get(place), str) and given[place]}
-    files = {place: Path(value) for place, value in found.items() if value.partition(":")[0] not in NAMES}
-    return {place: str(path.resolve()) for place, path in files.items() if path.exists()}
+    rooted: dict[str, Any] = {place: _absolute(value) for place, value in found.items() if _absolute(value) != value}
+    mixture = given.get("calibration.mixture")
+    if isinstance(mixture, list) and mixture and all(isinstance(source, str) for source in mixture):
+        rooted["calibration.mixture"] = [_absolute(source) for source in mixture]
+    return rooted
+
+
+def _absolute(source: str) -> str:
+    """A file or folder that is here by its whole path; a name as it is."""
+    known = source.partition(":")[0] in NAMES
+    return str(Path(source).resolve()) if not known and Path(source).exists() else source
 
 
 def _refusal(sweep: Sweep, labels: Mapping[str, str]) -> str | None:

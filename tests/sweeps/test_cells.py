@@ -78,6 +78,8 @@ def test_a_model_and_texts_on_disk_take_the_place_of_the_demo(write, place):
     assert settings["calibration.corpus"] == settings["finetune.text"] == str(place / "train.txt")
     assert settings["evaluate.perplexity.text.text"] == str(place / "test.txt")
     assert settings["evaluate.perplexity.text.windows"] == 7
+    mixed = plan(write(), settings=["calibration.mixture=[c4, train.txt]"]).cells[0].settings
+    assert mixed["calibration.mixture"] == ["c4", str(place / "train.txt")]
     with pytest.raises(ApiqError, match=r"model\.source is .*gone/; it should be demo, a folder that is there"):
         plan(write(), local=Local("gone/"))
 
