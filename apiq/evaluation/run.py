@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +15,10 @@ from apiq.calibration.corpora import load_corpus
 from apiq.calibration.windows import consecutive_windows, tokenize
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import perplexity, refuse
+from apiq.files import read_json, write_json
 from apiq.params import EvaluateParams
 from apiq.progress import Progress, naming, silent
+from apiq.work import fingerprint
 
 DIGITS = 6
 """Significant digits of what is written down: beyond them the order of additions shows."""
@@ -48,7 +51,10 @@ def evaluate(
 
 
 def compare(
-    models: Mapping[str, Callable[[], Model]], params: EvaluateParams, progress: Progress = silent
+    models: Mapping[str, Callable[[], Model]],
+    params: EvaluateParams,
+    progress: Progress = silent,
+    kept: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What `evaluate` gives for each model, rounded to 6 digits; one model is in memory at a time.
 
@@ -56,11 +62,18 @@ def compare(
         models: a function that loads the model, by the name that it carries in the results.
         params: what to measure on; read and tokenized once.
         progress: told which model is measured.
+        kept: a folder for the results of each model, which are taken from there where they are.
     """
     bench, results = _Bench(params), {}
     for name, load in models.items():
+        place = None if kept is None else kept / f"{name}-{bench.texts()}.json"
+        if place is not None and place.is_file():
+            results[name] = read_json(place)
+            continue
         loaded = load()
         results[name] = rounded(bench.measure(loaded.model, loaded.tokenizer, naming(name, progress)))
+        if place is not None:
+            write_json(place, results[name])
         del loaded
         gc.collect()
         if torch.cuda.is_available():
@@ -92,6 +105,10 @@ class _Bench:
             for name, text in params.perplexity.items()
         }
         self._windows: dict[tuple[str, str], torch.Tensor] = {}
+
+    def texts(self) -> str:
+        """A short hash of the texts."""
+        return fingerprint({name: corpus.sha256 for name, corpus in self._corpora.items()})
 
     def measure(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, Any]:
         windows = {name: self._cut(name, tokenizer) for name in self._params.perplexity}
