@@ -31,7 +31,8 @@ def merge(folder: str | Path, out: str | Path, dtype: str = "auto") -> dict[str,
         `dtype`, `linears`, `bytes`, `out`.
 
     Raises:
-        ApiqError: the folder has no adapters, or such as are no change of a weight.
+        ApiqError: the folder has no adapters, or such as are no change of a weight, or its linears have no tensor of
+            their own.
     """
     source = open_source(folder)
     precision = precision_of(dtype, source.dtype)

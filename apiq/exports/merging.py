@@ -92,12 +92,15 @@ def write_merged(source: Source, folder: Path, dtype: torch.dtype) -> None:
     """Write Q with the adapter added, computed in float32 and rounded once to `dtype`.
 
     Raises:
-        ApiqError: there is no adapter, it cannot be merged, or a number is too large for `dtype`.
+        ApiqError: there is no adapter, it cannot be merged, a linear is part of a fused tensor, or a number is too
+            large for `dtype`.
     """
     merger = merger_of(source)
+    transposed = {f"{name}.weight" for name in source.transposed}
 
     def tensors(linears: list[Linear]) -> dict[str, Tensor]:
-        return {name: cast(value, dtype, name) for name, value in merger.merged(linears).items()}
+        merged = merger.merged(linears)
+        return {name: cast(each.t() if name in transposed else each, dtype, name) for name, each in merged.items()}
 
     write_folder(source, folder, tensors, dtype)
 

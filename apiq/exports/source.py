@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from apiq.blocks.stream import skeleton
 from apiq.checkpoint import manifest
@@ -89,20 +90,44 @@ class Source:
         """The precision of what is not packed."""
         return getattr(torch, self.config["dtype"])
 
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the model in transformers by name, on the meta device."""
+        return dict(skeleton(self.model_config, torch.float32).named_modules())
+
+    @cached_property
+    def transposed(self) -> set[str]:
+        """The packed linears whose weight transformers keeps as (in, out): GPT-2's Conv1D.
+
+        Raises:
+            ApiqError: a packed linear is no module of the model in transformers, but part of a fused tensor.
+        """
+        for name in self.shapes:
+            if not isinstance(self.modules.get(name), nn.Linear | Conv1D):
+                raise ApiqError(
+                    f"{name} is part of a fused tensor in {self.family} models of transformers (a mixture of experts), "
+                    "whose linears no format for other programs can name yet; keep the model in the format of apiq."
+                )
+        return {name for name in self.shapes if isinstance(self.modules[name], Conv1D)}
+
+    @property
+    def family(self) -> str:
+        """The name of the architecture, as in `Llama`."""
+        return type(self.model_config).__name__.removesuffix("Config")
+
     def unpacked_linears(self) -> list[str]:
         """The linears of the model that are stored as they were, as the head.
 
         Raises:
-            ApiqError: a packed linear is no linear of the model in transformers, but part of a fused tensor.
+            ApiqError: a packed linear is no linear of the model in transformers, but Conv1D, or part of a fused tensor.
         """
-        modules = dict(skeleton(self.model_config, torch.float32).named_modules())
-        for name in self.shapes:
-            if not isinstance(modules.get(name), nn.Linear):
-                raise ApiqError(
-                    f"{name} is not a linear of its own in {type(self.model_config).__name__[:-6]} models of "
-                    "transformers (fused experts, or Conv1D); no format for other programs can name it yet."
-                )
-        return [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in self.shapes]
+        if self.transposed:
+            raise ApiqError(
+                f"{min(self.transposed)} is a Conv1D in {self.family} models of transformers, which engines do not "
+                "read in few bits; export with --format dense, or merge the adapter with apiq merge."
+            )
+        linears = [name for name, module in self.modules.items() if isinstance(module, nn.Linear)]
+        return [name for name in linears if name not in self.shapes]
 
     def files(self) -> Iterator[tuple[str, dict[str, Tensor], list[Linear]]]:
         """Each weight file: its name, its tensors in the precision in which they are, its packed linears."""
