@@ -41,13 +41,16 @@ class Home:
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         assert self.folder is not None
         handle, path = tempfile.mkstemp(dir=self.folder, prefix=".activations-")
+        size = max(torch.Size(shape).numel(), 1)
         try:
-            size = max(torch.Size(shape).numel(), 1)
+            try:
+                rows = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
+            finally:
+                os.unlink(path)  # empty as yet; the mapping lives on, and its room goes however the process ends
             os.posix_fallocate(handle, 0, size * dtype.itemsize)  # a full disk is met here, not in the mapping
-            return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
         finally:
             os.close(handle)
-            os.unlink(path)  # the mapping lives on, and its room is given back however the process ends
+        return rows
 
 
 def choose_home(

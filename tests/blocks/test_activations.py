@@ -35,6 +35,13 @@ def test_files_of_activations_leave_no_name_behind(tmp_path):
     assert float(rows.rows.sum()) == 24
 
 
+def test_a_file_has_no_name_any_more_when_it_takes_room(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda handle, *_: seen.append((list(tmp_path.iterdir()), handle)))
+    Activations.empty((2, 3, 4), torch.float32, Home("disk", CPU, tmp_path))
+    assert [left for left, _ in seen] == [[]]
+
+
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
