@@ -78,7 +78,7 @@ def refine(
         everything = kept.once("windows", lambda: _everything(loaded.model, windows, params, progress))["windows"]
         told = kept.once(
             "predictions",
-            lambda: vars(predictions(source.stream, everything, params.top_k, device, compute, progress)),
+            lambda: vars(predictions(source.stream, everything, params.top_k, device, compute, kept.folder, progress)),
         )
         teacher = Predictions(told["logs"], told.get("index"))
         trained = Trained(loaded.model, params.lr_scales > 0, params.adapter_bits)

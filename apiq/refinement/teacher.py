@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,9 +29,13 @@ class Predictions:
 
 @torch.no_grad()
 def predictions(
-    stream: ModelStream, windows: Tensor, k: int, device: torch.device, dtype: torch.dtype, progress: Progress
-) -> Predictions:
+    stream: ModelStream, windows: Tensor, k: int, device: torch.device, dtype: torch.dtype, folder: Path,
+    progress: Progress,
+) -> Predictions:  # fmt: skip
     """What the model in `stream` predicts for `windows` (n, length), computed in `dtype` on `device`, kept on the CPU.
+
+    The activations between the blocks live on the device or in RAM where there is room for them, else in files of
+    `folder` that have no name and go with the process.
 
     Raises:
         ApiqError: a block does not fit into the memory of the device with one window.
@@ -38,7 +43,7 @@ def predictions(
     blocks = stream.blocks.modules
     with stream.embeddings(CPU) as model:
         X, calls = capture(
-            model, blocks, windows, dtype, lambda shape: choose_home("auto", shape, dtype, COPIES, device, None)
+            model, blocks, windows, dtype, lambda shape: choose_home("auto", shape, dtype, COPIES, device, folder)
         )
     for index, call in enumerate(calls):
         block = stream.load_block(index, device)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -109,6 +111,25 @@ def test_stopped_and_taken_up_it_ends_in_the_same_bytes(make, original, windows,
     refine(make(), original, windows, settings(), stopped, steps.append)
     assert min(step.done for step in steps if "window" in step.detail and step.total == 72) > 20
     assert content(stopped) == content(whole)
+
+
+def test_stopped_without_ram_it_leaves_no_activations_and_ends_in_the_same_bytes(
+    make, original, windows, tmp_path, work, monkeypatch
+):
+    chosen = settings(generated=0, epochs=1)
+    refine(make(), original, windows, chosen, tmp_path / "roomy")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+
+    def stop(step):
+        if "full-precision model, block 2" in step.detail:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        refine(make(), original, windows, chosen, tmp_path / "tight", stop)
+    assert [path.name for path in sorted(work.glob("*/*"))] == [".lock", "windows.safetensors"]
+    refine(make(), original, windows, chosen, tmp_path / "tight")
+    assert not list(work.iterdir())
+    assert content(tmp_path / "tight") == content(tmp_path / "roomy")
 
 
 def test_damaged_work_is_refused_with_what_to_do(make, original, windows, tmp_path, work):
