@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from apiq import parallel
 from apiq.memory import in_parts
+from apiq.ram import free_ram
 
 TOKENS = 2**12
 """Tokens in a forward pass without gradients: enough to keep a GPU busy, little enough for the caches of a CPU."""
@@ -66,7 +66,7 @@ def choose_home(
     need = copies * torch.Size(shape).numel() * dtype.itemsize
     if device.type == "cuda" and need <= torch.cuda.mem_get_info(device)[0] // 2:
         return Home("device", device)
-    if need <= psutil.virtual_memory().available // 2 or folder is None:
+    if need <= free_ram() // 2 or folder is None:
         return Home("device" if device.type == "cpu" else "memory", device)
     return Home("disk", device, folder)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from huggingface_hub import constants
 from rich.filesize import decimal
@@ -16,6 +15,7 @@ from rich.filesize import decimal
 from apiq.device import pick_device
 from apiq.doctor.finding import Finding
 from apiq.planning.machine import standing
+from apiq.ram import free_ram, whole_ram
 
 SIDE = 1024
 """Rows and columns of the matrices whose product is timed."""
@@ -113,8 +113,8 @@ def _compiler() -> Finding:
 
 
 def _ram() -> Finding:
-    memory = psutil.virtual_memory()
-    found = f"{decimal(memory.available)} of {decimal(memory.total)} free"
-    if memory.available < LITTLE_RAM:
+    free = free_ram()
+    found = f"{decimal(free)} of {decimal(whole_ram())} free"
+    if free < LITTLE_RAM:
         return Finding("ram", "warning", found, "end other programs; `apiq plan` says what a run needs")
     return Finding("ram", "ok", found)

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from apiq.ram import free_ram
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -22,7 +24,7 @@ class Machine:
     load: float
     """Processes that want a processor, mean of the last minute."""
     ram: int
-    """RAM that can be had without swapping."""
+    """RAM that can be had without swapping, within the limit of a container."""
     gpu: int | None
     """GPU memory; None on a CPU."""
     disk: dict[str, int]
@@ -39,7 +41,7 @@ def look(device: torch.device, folders: dict[str, Path]) -> Machine:
         device=name,
         threads=torch.get_num_threads(),
         load=os.getloadavg()[0],
-        ram=psutil.virtual_memory().available,
+        ram=free_ram(),
         gpu=torch.cuda.mem_get_info(device)[0] if cuda else None,
         disk={purpose: shutil.disk_usage(standing(folder)).free for purpose, folder in folders.items()},
         interpreter=psutil.Process().memory_info().rss,

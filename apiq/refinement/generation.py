@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from apiq.layers.dense import dense
 from apiq.memory import in_parts
 from apiq.progress import Progress, Step
+from apiq.ram import free_ram
 from apiq.randomness import borrowed
 from apiq.refinement.cache import roomy_cache
 
@@ -54,7 +54,7 @@ def _at_once(model: Any, length: int, device: torch.device) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * width * length * torch.finfo(model.dtype).bits // 8
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
     return max(1, min(AT_ONCE, free // SHARE // each))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from apiq import ram
 from apiq.blocks.activations import Activations, Home, choose_home
 from apiq.blocks.store import BlockStore, write_rows
 from apiq.errors import ApiqError
@@ -57,6 +58,12 @@ def test_activations_that_fill_the_memory_go_to_disk(tmp_path):
     assert choose_home("auto", small, torch.float32, 5, CPU, tmp_path).kind == "device"
     assert choose_home("auto", huge, torch.float32, 5, CPU, tmp_path).kind == "disk"
     assert choose_home("disk", small, torch.float32, 5, CPU, tmp_path).kind == "disk"
+
+
+def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(ram, "bounds", lambda root: [ram.Bound(1000, 0)])
+    assert choose_home("auto", (125,), torch.float32, 1, CPU, tmp_path).kind == "device"
+    assert choose_home("auto", (126,), torch.float32, 1, CPU, tmp_path).kind == "disk"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
