@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from apiq.cli_options import Json, calibration_windows, field, parameters, unescape
+from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
 from apiq.cli_output import show, working
 from apiq.params import CalibrationParams
 
@@ -92,7 +92,8 @@ def merge(
     windows: Annotated[int, typer.Option(help="First so many windows of --text; 0 for all.")] = 0,
     column: Annotated[str, typer.Option(help="Column of --text.")] = "text",
     join: Annotated[str, typer.Option(help="What stands between its rows; \\n is a newline.")] = "\\n",
-    calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration")] = None,
+    calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration", default="none")] = None,
+    settings: Set = None,
     as_json: Json = False,
 ) -> None:
     r"""Write the model with its adapters inside the weights: dense, or in a few bits.
@@ -102,8 +103,13 @@ def merge(
     A dense model computes what it did with the adapter beside. So does the quantized one with
     [bold]--into zeros[/bold], if the adapter was trained with finetune.pooled. Other adapters lie on no grid:
     [bold]apiq merge ./my-model-tuned --out ./my-model-again --requantize rtn --text wikitext2 --join '\n\n'[/bold] says
-    what rounding the sum again costs in perplexity.
+    what rounding the sum again costs in perplexity. The windows of --calibration are set with
+    [bold]-S calibration.windows=64 -S calibration.length=1024[/bold].
     """
+    if (settings or calibration is not None) and back is None:
+        raise typer.BadParameter("--calibration and -S are for --requantize; give a METHOD, or leave them out.")
+    if settings and (calibration is None or not all(each.strip().startswith("calibration.") for each in settings)):
+        raise typer.BadParameter("-S sets how the windows of --calibration are drawn: calibration.KEY=VALUE.")
     if into == Into.ZEROS:
         if back is not None or dtype != "auto":
             raise typer.BadParameter("--into zeros keeps the codes; leave out --requantize and --dtype.")
@@ -121,6 +127,8 @@ def merge(
             raise typer.BadParameter("--requantize needs --text, to say what it costs.")
         if dtype != "auto":
             raise typer.BadParameter("--dtype is for dense weights; leave it out with --requantize.")
+        given = {"calibration": {"corpus": calibration, "column": column, "join": join}}
+        params = parameters(given, settings)
         with working("merge") as progress:
             from apiq.calibration.corpora import load_corpus
             from apiq.calibration.windows import consecutive_windows, tokenize
@@ -131,8 +139,7 @@ def merge(
             base = open_source(folder).folder
             corpus = load_corpus(text, split="test", column=column, join=unescape(join))
             scored = consecutive_windows(tokenize(corpus.text, read_tokenizer(base)), windows, length)
-            given = {"calibration": {"corpus": calibration, "column": column, "join": join}}
-            tokens = None if calibration is None else calibration_windows(base, parameters(given, None))
+            tokens = None if calibration is None else calibration_windows(base, params)
             result = requantize(folder, out, scored, back, tokens, progress)
     show(result, as_json)
 

@@ -68,7 +68,8 @@ def requantize(
         `perplexity_before` and `perplexity_after`, and what `apiq.quantize` returns.
 
     Raises:
-        ApiqError: as `merge`, or the method would fit adapters again, or lacks its windows.
+        ApiqError: as `merge`, or the method would fit adapters again, or lacks its windows, or a window is longer than
+            the context of the model: all of it before the first hour is spent.
     """
     from apiq.checkpoint.loading import load
     from apiq.evaluation.perplexity import perplexity
@@ -76,15 +77,33 @@ def requantize(
 
     source = open_source(folder)
     params = _params(source, method)
-    before = perplexity(load(folder).model, text, progress=progress)
+    _require_fit(source, text, windows, params)
     with alone(work_folder({"merge": manifest.verify(folder)["files"], "base": source.index})) as work:
         if not (work / "merged").exists():
             with new_folder(work / "merged") as new:
                 write_merged(source, new, source.dtype)
+        before = perplexity(load(folder).model, text, progress=progress)
         result = quantize(work / "merged", windows, params, out, progress)
         shutil.rmtree(work)
     after = perplexity(load(out).model, text, progress=progress)
     return {"perplexity_before": before, "perplexity_after": after, **result}
+
+
+def _require_fit(source: Source, text: Tensor, windows: Tensor | None, params: QuantizeParams) -> None:
+    """Refuse what scoring and quantizing would refuse later, at the cost of a look at the model without its weights."""
+    from apiq.evaluation.perplexity import context_length, refuse
+
+    refuse(source.model, text)
+    if windows is None:
+        if params.calibrated:
+            raise ApiqError(f"method {params.method} needs calibration windows; give --calibration, or use rtn.")
+        return
+    context, length = context_length(source.model), windows.shape[1]
+    if context is not None and length > context:
+        raise ApiqError(
+            f"calibration.length is {length}; it must be at most {context}, the context of the model: "
+            f"give -S calibration.length={context}."
+        )
 
 
 def _params(source: Source, method: str) -> QuantizeParams:

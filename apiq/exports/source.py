@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apiq.blocks.stream import skeleton
@@ -91,9 +91,14 @@ class Source:
         return getattr(torch, self.config["dtype"])
 
     @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model as transformers makes it, without its weights."""
+        return skeleton(self.model_config, torch.float32)
+
+    @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The modules of the model in transformers by name, on the meta device."""
-        return dict(skeleton(self.model_config, torch.float32).named_modules())
+        return dict(self.model.named_modules())
 
     @cached_property
     def transposed(self) -> set[str]:

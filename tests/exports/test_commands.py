@@ -63,6 +63,27 @@ def test_merge_dense_and_back_into_few_bits(command, checkpoint, text, tmp_path)
     assert read_json(tmp_path / "again/apiq.json")["method"] == "rtn"
 
 
+def test_the_calibration_of_requantizing_is_set_by_its_keys(command, checkpoint, text, tmp_path):
+    folder = checkpoint(method="apiq-bw", bits=2)
+    form = ("merge", folder, "--out", tmp_path / "again", "--requantize", "gptq", "--text", text, "--length", 16)
+    drawn = ("--calibration", text, "-S", "calibration.length=24", "-S", "calibration.windows=5")
+    status, _, err = command(*form, *drawn, "--json")
+    assert status == 0, err
+    assert read_json(tmp_path / "again/apiq.json")["calibration"] == {"windows": 5, "length": 24}
+    assert command(*form, *drawn, "-S", "quantize.bits=3")[0] == command(*form, *drawn[2:])[0] == 2
+    assert command(*form[:4], *drawn)[0] == 2  # nothing is quantized, so nothing is calibrated
+
+
+def test_calibration_that_does_not_fit_is_refused_before_the_work(command, checkpoint, text, tmp_path):
+    form = ("merge", checkpoint(method="apiq-bw", bits=2), "--out", tmp_path / "again", "--requantize", "gptq")
+    long = ("--calibration", text, "-S", "calibration.length=65", "-S", "calibration.windows=1")
+    status, _, err = command(*form, "--text", text, "--length", 16, *long)
+    assert status == 1 and "calibration.length is 65; it must be at most 64, the context of the model" in err
+    assert "perplexity" not in err and not (tmp_path / "work").exists()
+    status, _, err = command(*form, "--text", text, "--length", 65, *long)
+    assert status == 1 and "the windows have 65 tokens" in err and not (tmp_path / "work").exists()
+
+
 def test_merge_into_zeros(command, checkpoint, tmp_path):
     folder = checkpoint(method="gptq-lora", bits=2, pooled=True)
     form = ("merge", folder, "--out", tmp_path / "out", "--into", "zeros")
