@@ -28,9 +28,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that `name` (auto, float32, bfloat16, float16) stands for on `device`."""
+    """The arithmetic that `name` (auto, float32, bfloat16, float16) stands for on `device`.
+
+    auto is bfloat16 on a GPU that multiplies it itself (NVIDIA's from Ampere on), else float32.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and _gpu_multiplies_bfloat16(device) else torch.float32
     return getattr(torch, name)
 
 
@@ -50,3 +53,9 @@ def multiplies_bfloat16() -> bool:
     """Whether this CPU has products of bfloat16: 5 times as fast as float32 then, emulated 50 times as slow."""
     capable = torch.cpu.get_capabilities()
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+def _gpu_multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether this GPU has products of bfloat16; older ones, such as T4 and V100, emulate them slowly."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)

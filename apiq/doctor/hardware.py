@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from rich.filesize import decimal
 
-from apiq.device import pick_device
+from apiq.device import pick_device, solver_dtype
 from apiq.doctor.finding import Finding
 from apiq.planning.machine import standing
 from apiq.ram import free_ram, whole_ram
@@ -31,7 +31,8 @@ def check(folder: Path) -> Iterator[Finding]:
     )
     if device.type == "cuda":
         yield _gpu(device)
-    yield precisions(matmul_rate(torch.float32, device), matmul_rate(torch.bfloat16, device), str(device))
+    rates = matmul_rate(torch.float32, device), matmul_rate(torch.bfloat16, device)
+    yield precisions(*rates, str(device), solver_dtype("auto", device))
     yield _compiler()
     yield _ram()
     work = Path(os.environ.get("APIQ_WORK") or folder / ".apiq_work")
@@ -57,11 +58,18 @@ def build(version: str, cuda: str | None, available: bool, driver: bool) -> Find
     return Finding("torch", "ok", f"{version} for the CPU, {torch.get_num_threads()} threads")
 
 
-def precisions(single: float, half: float, device: str) -> Finding:
-    """Rates of float32 and bfloat16 products in operations a second: is bfloat16 native?"""
+def precisions(single: float, half: float, device: str, auto: torch.dtype) -> Finding:
+    """Rates of float32 and bfloat16 products in operations a second, against what quantize.dtype `auto` takes."""
     rates = f"float32 {single / 1e9:.3g} and bfloat16 {half / 1e9:.3g} GFLOP/s on {device}"
-    if half > single:
+    if half > single and auto == torch.bfloat16:
         return Finding("bfloat16", "ok", f"native, {half / single:.1f} times as fast: {rates}")
+    if half > single:
+        found = f"{half / single:.1f} times as fast, though it does not count as native: {rates}; auto is float32"
+        return Finding("bfloat16", "warning", found, "try quantize.dtype bfloat16")
+    if auto == torch.bfloat16:
+        return Finding(
+            "bfloat16", "warning", f"slower here, but auto takes it: {rates}", "set quantize.dtype to float32"
+        )
     return Finding("bfloat16", "warning", f"not native here: {rates}", "leave quantize.dtype at auto or float32")
 
 

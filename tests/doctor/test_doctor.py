@@ -48,10 +48,28 @@ def test_the_build_of_torch_against_the_gpu(cuda, available, driver, status):
     assert (finding.fix is None) == (status == "ok")
 
 
-def test_bfloat16_is_native_where_it_is_faster():
-    assert hardware.precisions(56e9, 310e9, "cpu").status == "ok"
-    assert "5.5 times as fast" in hardware.precisions(56e9, 310e9, "cpu").found
-    assert hardware.precisions(56e9, 2e9, "cpu").status == "warning"
+@pytest.mark.parametrize(
+    ("half", "auto", "found", "fix"),
+    [
+        (310e9, torch.bfloat16, "native, 5.5 times as fast", None),
+        (310e9, torch.float32, "5.5 times as fast, though it does not count as native", "try quantize.dtype bfloat16"),
+        (2e9, torch.bfloat16, "slower here, but auto takes it", "set quantize.dtype to float32"),
+        (2e9, torch.float32, "not native here", "leave quantize.dtype at auto or float32"),
+    ],
+)
+def test_the_advice_on_bfloat16_fits_what_auto_takes(half, auto, found, fix):
+    finding = hardware.precisions(56e9, half, "cuda", auto)
+    assert finding.found.startswith(found)
+    assert finding.fix == fix
+    assert finding.status == ("ok" if fix is None else "warning")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_the_doctor_asks_what_auto_takes(monkeypatch, tmp_path, able):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    monkeypatch.setattr(hardware, "matmul_rate", lambda dtype, device: 1e9)
+    finding = next(each for each in hardware.check(tmp_path) if each.name == "bfloat16")
+    assert finding.found.startswith("slower here" if able else "not native here")
 
 
 def test_a_rate_is_measured():
