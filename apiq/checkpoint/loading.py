@@ -21,6 +21,7 @@ from apiq.allocator import give_back_freed
 from apiq.blocks.stream import ModelStream
 from apiq.checkpoint import manifest, skipped
 from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, write_adapter_file
+from apiq.checkpoint.spreading import forget_with, spread
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
 from apiq.layers.dense import LIMIT
@@ -130,7 +131,8 @@ def load(
                 f"{source} is in the format of {method}; apiq reads its own folders, load it with that library."
             )
         raise ApiqError(f"{source} is half a checkpoint: its config.json is quantized, but it has no {manifest.NAME}.")
-    model = _from_pretrained(base, config, precision, place)
+    placed = _placed(base, config, precision, place) if kind == "full" and not trainable else {}
+    model = _from_pretrained(base, config, precision, place, placed)
     if place.type == "cpu" and _is_large(model):
         give_back_freed()
     if trainable:
@@ -141,15 +143,26 @@ def load(
     return Loaded(model, base, kind, read_tokenizer(base) if _has_tokenizer(base) else None)
 
 
-def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _placed(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How a model larger than `device` is placed; nothing for one that fits."""
+    from apiq.models.source import weight_files
+
+    files = [folder / name for name in weight_files(folder)]
+    return spread(files, _stored_dtype(folder, config), dtype, device)
+
+
+def _from_pretrained(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, placed: dict[str, Any]
+) -> nn.Module:
     name = (config.architectures or [""])[0]
     family: Any = getattr(transformers, name, AutoModelForCausalLM)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, report = family.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
+            **placed,
+        )  # fmt: skip
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ApiqError(f"the weights in {folder} cannot be read: {' '.join(str(error).split())}.") from None
     finally:
@@ -158,6 +171,9 @@ def _from_pretrained(folder: Path, config: PretrainedConfig, dtype: torch.dtype,
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if wrong:
         raise ApiqError(f"{folder} has no weights, or none of the right shape, for {wrong[0]} ({len(wrong)} in all).")
+    if placed:
+        forget_with(model, placed["offload_folder"])
+        return model
     return model.to(device)
 
 
