@@ -17,6 +17,7 @@ from apiq import cli_exports, cli_planning, cli_refine, cli_sweep
 from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
 from apiq.cli_output import show, working
 from apiq.errors import ApiqError
+from apiq.mishaps import GOES_ON, mishap
 from apiq.params import CalibrationParams, FinetuneParams, QuantizeParams
 
 app = typer.Typer(
@@ -234,12 +235,14 @@ def main() -> None:
     except ApiqError as error:
         print(f"apiq: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        print(f"apiq: {error}; finished work is kept, the same command goes on.", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
-        print("apiq: stopped; finished work is kept, the same command goes on.", file=sys.stderr)
+        print(f"apiq: stopped; {GOES_ON}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (told := mishap(error)) is None:
+            raise
+        print(f"apiq: {told}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

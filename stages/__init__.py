@@ -17,6 +17,7 @@ from apiq.checks import check, known_config
 from apiq.errors import ApiqError
 from apiq.files import write_json
 from apiq.meter import Meter
+from apiq.mishaps import mishap
 from apiq.overrides import read_yaml
 from apiq.params import Params, parse
 from apiq.progress import Progress
@@ -55,6 +56,11 @@ def run(name: str, main: Callable[[Params, Progress], object]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (told := mishap(error)) is None:
+            raise
+        print(told, file=sys.stderr)
+        sys.exit(1)
 
 
 def read_params(path: str | Path = "params.yaml") -> Params:
