@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import glob
 import hashlib
 import json
@@ -20,9 +21,24 @@ import psutil
 
 from apiq.errors import ApiqError
 
+LARGE = 1 << 26
+"""Bytes from which a file is hashed once a process as long as nobody writes to it: models are checked at every turn."""
+
 
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file."""
+    facts = os.stat(path)
+    if facts.st_size < LARGE:
+        return _hashed(os.fspath(path))
+    return _remembered(os.path.abspath(path), facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered(path: str, *_: int) -> str:
+    return _hashed(path)
+
+
+def _hashed(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
