@@ -21,6 +21,7 @@ from apiq.allocator import give_back_freed
 from apiq.blocks.stream import ModelStream
 from apiq.checkpoint import manifest, skipped
 from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, write_adapter_file
+from apiq.checkpoint.fetching import fetched
 from apiq.checkpoint.spreading import forget_with, spread
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
@@ -103,8 +104,8 @@ def load(
     """
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
-    folder = Path(source)
-    facts = manifest.read(folder) if folder.is_dir() else None
+    folder = Path(source) if Path(source).is_dir() else fetched(str(source))
+    facts = manifest.read(folder)
     kind = "full" if facts is None else facts["kind"]
     base, adapter = folder, folder / "adapter"
     if kind == skipped.KIND:
@@ -121,7 +122,7 @@ def load(
     if kind == "full":
         from apiq.models.source import locate
 
-        base = locate(source)
+        base = locate(folder)
         adapter = base / "adapter"
     config = AutoConfig.from_pretrained(base)
     if kind == "full" and (quantized := getattr(config, "quantization_config", None)):

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from apiq.blocks.architecture import find_blocks, linears, replace
 from apiq.blocks.unfuse import unfuse
 from apiq.checkpoint import manifest
+from apiq.checkpoint.fetching import complete
 from apiq.checkpoint.grid_config import grid_for, grid_of
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
@@ -61,6 +62,7 @@ class ApiqQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         if not files:
             raise ApiqError("an apiq model can only be loaded from a checkpoint folder with its weights.")
+        complete(Path(files[0]).parent)
         manifest.verify(Path(files[0]).parent)
         config = self.quantization_config
         assert isinstance(config, ApiqConfig)

@@ -76,6 +76,7 @@ def finetune(
     device = parallel.join(pick_device(params.device))
     with borrowed(params.seed):
         loaded = load(folder, dtype=params.dtype, device=str(device), trainable=True)
+        folder = folder if folder.is_dir() else loaded.folder  # the name of a repository on the hub
         if not isinstance(loaded.model, PeftModel):
             raise ApiqError(
                 f"{folder} has no adapters to train; quantize with a method that fits some: apiq-bw or apiq-lw."

@@ -41,7 +41,7 @@ def fetch(params: ModelParams, out: str | Path, progress: Progress = silent) -> 
         folder = _whole(Path(params.source))
         facts |= {"kind": "local", "path": params.source}
     else:
-        folder = _snapshot(params.source, params.revision)
+        folder = _whole(snapshot(params.source, params.revision))
         facts |= {"kind": "hub", "repository": params.source, "commit": folder.name}
     with new_folder(out) as new:
         return manifest.write(new, folder, facts, progress)
@@ -59,7 +59,7 @@ def locate(source: str | Path) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         name, _, revision = str(source).partition("@")
-        return _snapshot(name, revision or None)
+        return _whole(snapshot(name, revision or None))
     facts = manifest.read(folder)
     if facts is None:
         return _whole(folder)
@@ -68,7 +68,7 @@ def locate(source: str | Path) -> Path:
         if not folder.is_dir():
             raise ApiqError(f"the model folder {folder} is gone since {source} was made; put it back.")
     elif facts["kind"] == "hub":
-        folder = _snapshot(facts["repository"], facts["commit"])
+        folder = snapshot(facts["repository"], facts["commit"])
     manifest.verify(facts, folder)
     return _whole(folder)
 
@@ -116,8 +116,8 @@ def weight_files(folder: Path) -> list[str]:
     raise ApiqError(f"the model in {folder} has no weights; it should hold {WEIGHTS} or {INDEX}.")
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
-    """The folder of a hub repository in the hub's cache, downloaded if need be; its name is the commit.
+def snapshot(name: str, revision: str | None) -> Path:
+    """The folder of a hub repository in the hub's cache, its model downloaded if need be; its name is the commit.
 
     Raises:
         ApiqError: there is no such repository or revision, or it cannot be reached.
@@ -127,11 +127,13 @@ def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[f"*{suffix}" for suffix in manifest.SUFFIXES],
-            ignore_patterns=["*/*", "consolidated*"],  # copies in other layouts
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[f"*{suffix}" for suffix in manifest.SUFFIXES],
+                ignore_patterns=["*/*", "consolidated*"],  # copies in other layouts
+            )
         )
     except errors.GatedRepoError:
         raise ApiqError(f"{name} is gated: accept its licence on its page, then `hf auth login`.") from None
@@ -145,4 +147,3 @@ def _snapshot(name: str, revision: str | None) -> Path:
             f"there is no model folder {name}, and no repository of that name can be had from the Hugging Face hub: "
             f"{reason}."
         ) from error
-    return _whole(Path(folder))
