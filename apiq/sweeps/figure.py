@@ -21,8 +21,8 @@ from apiq.sweeps.outcome import Outcome
 from apiq.sweeps.table import Cells, matching, short
 
 MARKERS = "osD^vPX*<>"
-NEAR, LINE = 60, 8
-"""Points of 1/72 inch: marks nearer to each other share a column of names, whose lines are so far apart."""
+LETTER, LINE = 4, 8
+"""Points of 1/72 inch that a letter of a name takes across, with a margin, and a name from the next below."""
 
 
 @dataclass(frozen=True)
@@ -160,18 +160,44 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def _name_points(axes: Axes, found: Sequence[Mark]) -> None:
-    """Names beside points, moved up and down until those of neighbours do not cover each other."""
+    """Names beside points, moved up and down until none covers another; a name that moved has a line to its point."""
     spots = [axes.transData.transform((float(mark.x), mark.y)) for mark in found]
-    columns: list[list[int]] = []
-    for index in sorted(range(len(spots)), key=lambda index: spots[index][0]):
-        if not columns or spots[index][0] - spots[columns[-1][0]][0] > NEAR:
-            columns.append([])
-        columns[-1].append(index)
-    for members in columns:
-        levels = apart([spots[index][1] for index in members], LINE)
+    leader = {
+        "arrowstyle": "-",
+        "color": colour("muted"),
+        "linewidth": 0.4,
+        "shrinkA": 0,
+        "shrinkB": 2,
+        "relpos": (0, 0.5),
+    }
+    for members in _columns([spot[0] for spot in spots], [LETTER * len(mark.name) for mark in found]):
+        levels = _above(apart([spots[index][1] for index in members], LINE), axes.bbox.y0 + LINE / 2)
         for index, level in zip(members, levels, strict=True):
-            mark, offset = found[index], (5, level - spots[index][1])
-            write(axes, mark.name, (float(mark.x), mark.y), offset=offset, fontsize=6.5)
+            mark, moved = found[index], level - spots[index][1]
+            options: dict[str, Any] = {"offset": (5, moved)}
+            if abs(moved) > LINE / 2:
+                options = {"offset": (9, moved), "arrowprops": leader}
+            write(axes, mark.name, (float(mark.x), mark.y), fontsize=6.5, **options)
+
+
+def _above(levels: Sequence[float], floor: float) -> list[float]:
+    """Levels a line apart, pushed up where they are below `floor`."""
+    order = sorted(range(len(levels)), key=lambda index: levels[index])
+    pushed = {index: max(levels[index], floor + place * LINE) for place, index in enumerate(order)}
+    return [pushed[index] for index in range(len(levels))]
+
+
+def _columns(lefts: Sequence[float], widths: Sequence[float]) -> list[list[int]]:
+    """The names that may cover each other: those whose extents across overlap, or are joined by others that do."""
+    columns: list[list[int]] = []
+    end = 0.0
+    for index in sorted(range(len(lefts)), key=lambda index: lefts[index]):
+        if not columns or lefts[index] > end:
+            columns.append([])
+            end = 0.0
+        columns[-1].append(index)
+        end = max(end, lefts[index] + widths[index])
+    return columns
 
 
 def _called(axis: str, label: str) -> str:
