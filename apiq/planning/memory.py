@@ -112,7 +112,12 @@ def host(work: dict[str, int], embeddings: int, one_set: int) -> dict[str, int]:
         one_set: bytes of one set of activations.
     """
     start = {"embeddings": embeddings, "activations": one_set}
-    return start if sum(start.values()) > sum(work.values()) else work
+    return worse(start, work)
+
+
+def worse(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Of two moments, given by part, the one that takes more; the second where they are even."""
+    return one if sum(one.values()) > sum(other.values()) else other
 
 
 def home(wanted: str, sets: int, gpu: int | None, ram: int) -> str:

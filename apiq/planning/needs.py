@@ -18,6 +18,10 @@ from apiq.planning.machine import Machine
 from apiq.planning.outline import Outline
 from apiq.planning.size import Result
 from apiq.planning.step import Pass, count_head
+from apiq.refinement.teacher import COPIES as TEACHER_COPIES
+
+TOKEN = 8
+"""Bytes of a token in the windows that refinement keeps."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Setting:
     training: Pass | None
     refining_device: torch.device
     refining: Pass | None
+    teaching: int
+    """Bytes alive when windows pass through a full-precision block in refinement; 0 without it."""
     work: Path
 
 
@@ -96,9 +102,10 @@ def tuning_needs(setting: Setting) -> dict[str, Any] | None:
 
 
 def refining_needs(setting: Setting) -> dict[str, Any] | None:
-    """GPU memory, RAM and disk of the training part of refinement, by part; None where there is none.
+    """GPU memory, RAM and disk of refinement, by part, and where the activations live; None where there is none.
 
-    The predictions of the full-precision model lie in RAM, and with the unfinished work on disk.
+    Each place has to hold the worse of two moments: the full-precision model is asked, or the adapters are trained.
+    The predictions of that model lie in RAM, and with the unfinished work on disk.
     """
     if setting.refining is None:
         return None
@@ -114,7 +121,39 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
     guard = 3 * memory.FLOAT * setting.result.trained
     (needs["gpu"] or needs["ram"])["adapters and optimizer"] += guard
     needs["ram"]["predictions"] = windows * calibration.length * each
-    return {**needs, "disk": {"unfinished work": windows * calibration.length * each + 2 * guard}}
+    asking = _asking_needs(setting, needs, windows, dtype)
+    kept = windows * calibration.length * each + 2 * guard
+    disk = {"unfinished work": windows * calibration.length * TOKEN + max(kept, asking["mapped"])}
+    gpu = needs["gpu"] and memory.worse(asking["gpu"], needs["gpu"])
+    return {"gpu": gpu, "ram": memory.worse(asking["ram"], needs["ram"]), "disk": disk, "activations": asking["home"]}
+
+
+def _asking_needs(setting: Setting, training: dict[str, Any], windows: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What refinement holds beside the packed model while the full-precision model predicts `windows`, by part.
+
+    Args:
+        setting: what was counted.
+        training: what the training holds, with the packed model.
+        windows: those of the calibration and generated ones.
+        dtype: the arithmetic.
+    """
+    shapes, machine, length = setting.outline, setting.machine, setting.params.calibration.length
+    on_gpu = training["gpu"] is not None
+    packed = training["gpu" if on_gpu else "ram"]["packed model"]
+    free_gpu, free_ram = (machine.gpu, machine.ram) if on_gpu else (None, machine.ram - packed)
+    sets = TEACHER_COPIES * memory.activations(windows, length, shapes.width, dtype.itemsize)
+    home = memory.home("auto", sets, None if free_gpu is None else free_gpu - packed, free_ram)
+    parts = {
+        "packed model": packed,
+        "adapters": setting.result.adapter,
+        "block": weight_bytes(dtype, shapes.storage) * setting.sizes.weights,
+        "step": setting.teaching,
+    }
+    ram = {"interpreter": machine.interpreter}
+    gpu, ram = (parts, ram) if on_gpu else (None, {**parts, **ram})
+    if home != "disk":
+        (gpu if home == "gpu" and gpu is not None else ram)["activations"] = sets
+    return {"gpu": gpu, "ram": ram, "home": home, "mapped": sets if home == "disk" else 0}
 
 
 def _training_needs(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from apiq.adapters.configuration import resolved
 from apiq.adapters.targets import shapes as linear_shapes
@@ -23,9 +24,10 @@ from apiq.planning import shortfalls
 from apiq.planning.machine import look
 from apiq.planning.needs import Setting, quantizing_needs, refining_needs, tuning_needs, weight_bytes
 from apiq.planning.outline import Outline, block_calls, outline, probe
-from apiq.planning.size import Result, packed_block, result_size
+from apiq.planning.size import PackedBlock, Result, packed_block, result_size
+from apiq.planning.step import Pass
 from apiq.planning.timing import Calibration, Timing
-from apiq.planning.workload import block_sizes, fitting_pass, passing, training_pass
+from apiq.planning.workload import block_sizes, fitting_pass, passing, teaching_pass, training_pass
 
 
 def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True)
         "refine": None if refining is None else {**refining, **_refine_time(setting, timing)},
         "finetune": None if tuning is None else {**tuning, **_finetune_time(setting, timing)},
         "machine": shortfalls.told(setting.machine),
-        "offloaded": shortfalls.offloaded(quantizing),
+        "offloaded": shortfalls.offloaded(quantizing, refining),
         "problems": shortfalls.problems(params, quantizing, refining, tuning, setting.machine),
     }
 
@@ -77,18 +79,29 @@ def _setting(params: Params, out: Path) -> Setting:
     if build(quantize).adapted and tune.task != "none":
         batch = (tune.batch_size, tune.length, shapes.width)
         training = training_pass(packed, _call(shapes, tune.length), batch, tuning_dtype, tuning_device)
-    refine, refining = params.refine, None
-    refining_device = pick_device(refine.device)
-    if packed.adapters and refine.epochs:
-        batch, dtype = (refine.batch_size, *shape[1:]), pick_dtype(refine.dtype, refining_device)
-        refining = training_pass(packed, call, batch, dtype, refining_device)
+    refining_device = pick_device(params.refine.device)
+    refining, teaching = _refining(params, block, packed, call, shapes, refining_device)
     weight = weight_bytes(compute, shapes.storage)
     work = Path(os.environ.get("APIQ_WORK") or ".apiq_work")
     return Setting(
         params, shapes, result_size(shapes, quantize), look(device, {"result": out, "unfinished work": work}), device,
         compute, tuning_device, tuning_dtype, block_sizes(block, packed, quantize, weight), fitting, through,
-        training, refining_device, refining, work,
+        training, refining_device, refining, teaching, work,
     )  # fmt: skip
+
+
+def _refining(
+    params: Params, block: nn.Module, packed: PackedBlock, call: BlockCall, shapes: Outline, device: torch.device
+) -> tuple[Pass | None, int]:
+    """A step of refinement, and the bytes alive while the full-precision model is asked; None and 0 without it."""
+    refine, length = params.refine, params.calibration.length
+    if not (packed.adapters and refine.epochs):
+        return None, 0
+    dtype = pick_dtype(refine.dtype, device)
+    training = training_pass(packed, call, (refine.batch_size, length, shapes.width), dtype, device)
+    asked = min(max(TOKENS // length, 1), params.calibration.windows * (1 + refine.generated))
+    weights = dtype if dtype == torch.float32 else shapes.storage
+    return training, teaching_pass(block, call, (asked, length, shapes.width), weights, dtype, device)
 
 
 def _fitting(params: Params, shapes: Outline) -> Params:

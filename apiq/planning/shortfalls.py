@@ -17,8 +17,15 @@ def told(machine: Machine) -> dict[str, Any]:
     return asdict(machine)
 
 
-def offloaded(quantizing: Mapping[str, Any]) -> list[str]:
-    """What of a quantization does not stay on the device."""
+def offloaded(quantizing: Mapping[str, Any], refining: Mapping[str, Any] | None) -> list[str]:
+    """What of a quantization and a refinement does not stay on the device."""
+    told = _offloaded(quantizing)
+    if refining is not None and refining["activations"] == "disk":
+        told.append("in refinement the activations of the full-precision model live in files in the unfinished work")
+    return told
+
+
+def _offloaded(quantizing: Mapping[str, Any]) -> list[str]:
     mapped = "the activations live in files beside the unfinished work"
     if quantizing["gpu"] is None:
         return [mapped] if quantizing["activations"] == "disk" else []
@@ -96,6 +103,8 @@ def _refining(params: Params, need: Mapping[str, int] | None, free: int | None, 
     start = f"refining needs {decimal(sum(need.values()))} of {place} and {decimal(free)} are free"
     if need.get("predictions", 0) > sum(need.values()) - free and refine.generated:
         return f"{start}: set refine.generated from {refine.generated} to {refine.generated // 2}."
+    if "block" in need:  # it is the full-precision model that does not fit, a few windows at a time already
+        return f"{start}: set refine.epochs to 0, or take a machine with more."
     if refine.batch_size > 1:
         return f"{start}: set refine.batch_size from {refine.batch_size} to {refine.batch_size // 2}."
     if refine.activation_checkpointing is False:

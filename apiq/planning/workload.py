@@ -59,6 +59,14 @@ def passing(
     return count_forward(_fitted(block, call, params), call, shape, weights, compute, device)
 
 
+def teaching_pass(
+    block: nn.Module, call: BlockCall, shape: tuple[int, int, int], weights: torch.dtype, compute: torch.dtype,
+    device: torch.device,
+) -> int:  # fmt: skip
+    """Most bytes alive at a time when windows (batch, length, width) pass through a full-precision block."""
+    return count_forward(_evenly_routed(copy.deepcopy(block)), call, shape, weights, compute, device)
+
+
 def _fitted(block: nn.Module, call: BlockCall, params: QuantizeParams) -> nn.Module:
     """A copy of a block with all that a fitting method trains in it; omniquant trains the ranges alone."""
     block = _evenly_routed(copy.deepcopy(block))

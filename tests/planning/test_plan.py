@@ -8,6 +8,7 @@ import sys
 from typing import get_args
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from apiq.errors import ApiqError
@@ -17,7 +18,7 @@ from apiq.planning import needs as needing
 from apiq.planning import plan as planning
 from apiq.planning.machine import Machine
 from apiq.planning.plan import plan
-from apiq.planning.shortfalls import problems
+from apiq.planning.shortfalls import offloaded, problems
 from apiq.planning.trial import narrowed
 
 SETTINGS = {
@@ -186,6 +187,34 @@ def test_refining_is_counted_with_the_predictions_that_it_learns_from(folder):
     assert told["finetune"]["ram"]["adapters and optimizer"] == 4 * 4 * trained
     assert plan(params(folder, refine={"epochs": 0}), timed=False)["refine"] is None
     assert plan(params(folder, quantize={"method": "rtn"}), timed=False)["refine"] is None
+
+
+def test_refining_counts_two_sets_of_activations_where_auto_puts_them(folder, monkeypatch):
+    monkeypatch.setattr(needing, "count_head", lambda *given: 1)  # torch for the CPU cannot count it on a GPU
+    refine = {"top_k": 1, "generated": 8, "device": "cpu", "dtype": "float32"}
+    setting = planning._setting(params(folder, calibration={"windows": 64}, refine=refine), folder)
+    sets = 2 * 64 * (1 + 8) * 16 * 32 * 4
+
+    def needs(**free):
+        machine = dataclasses.replace(setting.machine, **free)
+        device = torch.device("cuda" if "gpu" in free else "cpu")
+        given = dataclasses.replace(setting, machine=machine, refining_device=device)
+        return needing.refining_needs(given)
+
+    roomy, tight = needs(), needs(ram=2 * sets)
+    assert (roomy["activations"], tight["activations"]) == ("ram", "disk")
+    assert roomy["ram"]["activations"] == sets
+    assert {"block", "step", "adapters"} <= set(roomy["ram"]), "the moment at which the full-precision model is asked"
+    assert "activations" not in tight["ram"]
+    packed = roomy["ram"]["packed model"]
+    fast, slower = needs(gpu=2 * sets + packed), needs(gpu=2 * sets + packed - 1)
+    assert (fast["activations"], slower["activations"]) == ("gpu", "ram")
+    assert fast["gpu"]["activations"] == slower["ram"]["activations"] == sets
+    assert "activations" not in slower["gpu"]
+    assert tight["disk"]["unfinished work"] == 64 * 9 * 16 * 8 + sets
+    assert roomy["disk"]["unfinished work"] < sets
+    assert offloaded({"gpu": None, "activations": "ram"}, roomy) == []
+    assert "in refinement the activations" in offloaded({"gpu": None, "activations": "ram"}, tight)[0]
 
 
 def test_refining_that_does_not_fit_is_told_the_next_thing_to_change():
