@@ -29,6 +29,8 @@ class Machine:
     """GPU memory; None on a CPU."""
     disk: dict[str, int]
     """Room on disk where results and unfinished work go, by folder."""
+    one_disk: bool
+    """Whether these folders share one disk, and so its room."""
     interpreter: int
     """Bytes that this process takes with its imports: what a run starts from."""
 
@@ -36,6 +38,7 @@ class Machine:
 def look(device: torch.device, folders: dict[str, Path]) -> Machine:
     """Ask the system."""
     cuda = device.type == "cuda"
+    first, *others = folders.values()
     name = f"{device} ({torch.cuda.get_device_name(device)})" if cuda else str(device)
     return Machine(
         device=name,
@@ -44,6 +47,7 @@ def look(device: torch.device, folders: dict[str, Path]) -> Machine:
         ram=free_ram(),
         gpu=torch.cuda.mem_get_info(device)[0] if cuda else None,
         disk={purpose: shutil.disk_usage(standing(folder)).free for purpose, folder in folders.items()},
+        one_disk=all(same_disk(first, other) for other in others),
         interpreter=psutil.Process().memory_info().rss,
     )
 

@@ -123,7 +123,8 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
     needs["ram"]["predictions"] = windows * calibration.length * each
     asking = _asking_needs(setting, needs, windows, dtype)
     kept = windows * calibration.length * each + 2 * guard
-    disk = {"unfinished work": windows * calibration.length * TOKEN + max(kept, asking["mapped"])}
+    size, work = setting.result.total, windows * calibration.length * TOKEN + max(kept, asking["mapped"])
+    disk = {"quantized model": size, "result": size, "unfinished work": work}
     gpu = needs["gpu"] and memory.worse(asking["gpu"], needs["gpu"])
     return {"gpu": gpu, "ram": memory.worse(asking["ram"], needs["ram"]), "disk": disk, "activations": asking["home"]}
 

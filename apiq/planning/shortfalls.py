@@ -11,6 +11,15 @@ from rich.filesize import decimal
 from apiq.params import Params
 from apiq.planning.machine import Machine
 
+PLACES = {"quantized model": "result"}
+"""The folder in which a part lies, where it has another name; refinement reads the one beside which it writes."""
+FIELDS = {
+    "result": "--out",
+    "unfinished work": "the environment variable APIQ_WORK",
+    "both": "--out or the environment variable APIQ_WORK",
+}
+"""What moves that which lies on a disk to another."""
+
 
 def told(machine: Machine) -> dict[str, Any]:
     """The machine as a mapping."""
@@ -46,13 +55,14 @@ def problems(
 ) -> list[str]:
     """One sentence for each place that is too small."""
     found = [_quantizing_ram(params, quantizing["ram"], machine), _quantizing_gpu(params, quantizing["gpu"], machine)]
+    found += _disks("quantizing", quantizing["disk"], machine)
     if refining is not None:
         found += [_refining(params, refining["ram"], machine.ram + machine.interpreter, "RAM"),
-                  _refining(params, refining["gpu"], machine.gpu, "GPU memory")]  # fmt: skip
+                  _refining(params, refining["gpu"], machine.gpu, "GPU memory"),
+                  *_disks("refining", refining["disk"], machine)]  # fmt: skip
     if tuning is not None:
         found += [_tuning(params, tuning["ram"], machine.ram + machine.interpreter, "RAM"),
                   _tuning(params, tuning["gpu"], machine.gpu, "GPU memory")]  # fmt: skip
-    found += [_disk(quantizing["disk"], machine)]
     return [sentence for sentence in found if sentence]
 
 
@@ -112,13 +122,19 @@ def _refining(params: Params, need: Mapping[str, int] | None, free: int | None, 
     return f"{start}: set calibration.length from {params.calibration.length} to {params.calibration.length // 2}."
 
 
-def _disk(need: Mapping[str, int], machine: Machine) -> str | None:
-    for purpose, bytes_ in need.items():
-        free = machine.disk[purpose]
-        if bytes_ > free:
-            field = "--out" if purpose == "result" else "the environment variable APIQ_WORK"
-            return (
-                f"the {purpose} needs {decimal(bytes_)} of disk and {decimal(free)} are free there: set {field} to a "
-                "folder on a larger disk."
+def _disks(work: str, need: Mapping[str, int], machine: Machine) -> list[str]:
+    """One sentence for each disk that is too small for all that lies on it at once; parts of one disk are added up."""
+    found: dict[str, dict[str, int]] = {}
+    for part, size in need.items():
+        place = PLACES.get(part, part)
+        found.setdefault("both" if machine.one_disk else place, {})[part] = size
+    sentences = []
+    for disk, parts in found.items():
+        free = min(machine.disk[PLACES.get(part, part)] for part in parts)
+        if sum(parts.values()) > free:
+            told = ", ".join(f"{part} {decimal(size)}" for part, size in parts.items())
+            sentences.append(
+                f"{work} needs {decimal(sum(parts.values()))} of disk at once ({told}) and {decimal(free)} are free "
+                f"there: set {FIELDS[disk]} to a folder on a larger disk."
             )
-    return None
+    return sentences

@@ -16,7 +16,7 @@ from apiq.method_params import WITHOUT_ADAPTERS, Method
 from apiq.params import parse
 from apiq.planning import needs as needing
 from apiq.planning import plan as planning
-from apiq.planning.machine import Machine
+from apiq.planning.machine import Machine, look
 from apiq.planning.plan import plan
 from apiq.planning.shortfalls import offloaded, problems
 from apiq.planning.trial import narrowed
@@ -147,7 +147,8 @@ def test_an_empty_folder_and_a_quantized_one(folder, tmp_path):
         plan(params(folder), timed=False)
 
 
-ROOM = Machine("cpu", 1, 0.0, ram=10**9, gpu=None, disk={"result": 10**9, "unfinished work": 10**9}, interpreter=10**8)
+DISKS = {"result": 10**9, "unfinished work": 10**9}
+ROOM = Machine("cpu", 1, 0.0, ram=10**9, gpu=None, disk=DISKS, one_disk=False, interpreter=10**8)
 
 
 def told_problems(machine=ROOM, ram=10**8, gpu=None, refining=None, tuning=None, disk=10**6, **sections):
@@ -172,8 +173,37 @@ def test_too_little_gpu_memory_and_disk():
     machine = dataclasses.replace(ROOM, gpu=100)
     (sentence,) = told_problems(machine, gpu={"block": 200}, quantize={"batch_size": 8})
     assert "set quantize.batch_size from 8 to 1" in sentence
-    (sentence,) = told_problems(disk=2 * 10**9)
-    assert "set --out to a folder on a larger disk" in sentence
+
+
+def test_what_lies_on_one_disk_at_once_is_added_up():
+    first, second = told_problems(disk=2 * 10**9)
+    assert first.endswith("and 1.0 GB are free there: set --out to a folder on a larger disk.")
+    assert second.endswith("set the environment variable APIQ_WORK to a folder on a larger disk.")
+    assert told_problems(disk=6 * 10**8) == []
+    shared = dataclasses.replace(ROOM, one_disk=True)
+    assert told_problems(shared, disk=5 * 10**8) == []
+    (sentence,) = told_problems(shared, disk=6 * 10**8)
+    assert sentence == (
+        "quantizing needs 1.2 GB of disk at once (result 600.0 MB, unfinished work 600.0 MB) and 1.0 GB are free "
+        "there: set --out or the environment variable APIQ_WORK to a folder on a larger disk."
+    )
+
+
+def test_the_disk_of_refinement_is_looked_at():
+    disk = {"quantized model": 5 * 10**8, "result": 5 * 10**8, "unfinished work": 10**9}
+    need = {"ram": {}, "gpu": None, "disk": disk}
+    assert told_problems(refining=need) == []
+    (work,) = told_problems(refining={**need, "disk": {**disk, "unfinished work": 2 * 10**9}})
+    assert work.startswith("refining needs 2.0 GB of disk at once (unfinished work 2.0 GB)")
+    (shared,) = told_problems(dataclasses.replace(ROOM, one_disk=True), refining=need)
+    assert shared.startswith("refining needs 2.0 GB of disk at once (quantized model 500.0 MB, result 500.0 MB, ")
+
+
+def test_the_machine_says_which_folders_share_a_disk(tmp_path, monkeypatch):
+    cpu, folders = torch.device("cpu"), {"result": tmp_path / "new", "unfinished work": tmp_path}
+    assert look(cpu, folders).one_disk
+    monkeypatch.setattr("apiq.planning.machine.same_disk", lambda one, other: one == other)
+    assert not look(cpu, folders).one_disk
 
 
 def test_refining_is_counted_with_the_predictions_that_it_learns_from(folder):
@@ -218,9 +248,9 @@ def test_refining_counts_two_sets_of_activations_where_auto_puts_them(folder, mo
 
 
 def test_refining_that_does_not_fit_is_told_the_next_thing_to_change():
-    (first,) = told_problems(refining={"ram": {"predictions": 3 * 10**9}, "gpu": None})
+    (first,) = told_problems(refining={"ram": {"predictions": 3 * 10**9}, "gpu": None, "disk": {}})
     assert "set refine.generated from 8 to 4" in first
-    need = {"ram": {"activations": 3 * 10**9}, "gpu": None}
+    need = {"ram": {"activations": 3 * 10**9}, "gpu": None, "disk": {}}
     (second,) = told_problems(refining=need)
     assert "set refine.batch_size from 4 to 2" in second
     (third,) = told_problems(refining=need, refine={"batch_size": 1, "activation_checkpointing": False})
