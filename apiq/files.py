@@ -88,12 +88,19 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
+def relative(path: str | Path, start: str | Path) -> str:
+    """The way from the folder `start` to `path` for a reader who follows symlinks: `..` leaves the real folder."""
+    path = Path(path)
+    return os.path.relpath(path.parent.resolve() / path.name, Path(start).resolve())
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place, and its old content's, when the block succeeds.
 
-    If the block raises, nothing is left of the neighbour and `path` is as it was. Who looks at `path` finds the old
-    folder or the new one, also after a crash. Neighbours of processes that were killed on this machine are removed.
+    A symlink stays, and what it leads to is written. If the block raises, nothing is left of the neighbour and `path`
+    is as it was. Who looks at `path` finds the old folder or the new one, also after a crash. Neighbours of processes
+    that were killed on this machine are removed.
 
     Raises:
         ApiqError: `path` is a file.
@@ -101,6 +108,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ApiqError(f"{path} is a file; give a folder to write to.")
+    if path.is_symlink():
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.{platform.node()}-"
     _sweep(path, prefix)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from apiq.checkpoint import manifest
-from apiq.files import new_folder
+from apiq.files import new_folder, relative
 
 KIND = "not finetuned"
 
@@ -14,7 +13,7 @@ KIND = "not finetuned"
 def write(quantized: str | Path, out: str | Path) -> None:
     """Write to `out` a manifest alone, of kind `not finetuned`, with the relative path of the quantized folder."""
     with new_folder(out) as new:
-        manifest.write(new, KIND, base=os.path.relpath(quantized, out))
+        manifest.write(new, KIND, base=relative(quantized, out))
 
 
 def is_skipped(folder: str | Path) -> bool:

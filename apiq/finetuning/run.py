@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from apiq.device import pick_device
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import context_length
 from apiq.evaluation.run import rounded
-from apiq.files import new_folder, read_json, sha256_folder, write_json, write_text
+from apiq.files import new_folder, read_json, relative, sha256_folder, write_json, write_text
 from apiq.finetuning.examples import Examples
 from apiq.finetuning.sources import prepare
 from apiq.finetuning.tracking import tracker
@@ -172,10 +171,10 @@ def _write(
         **({} if pooling is None else {"pooled_change": rounded(pooling.change)}),
     }
     with new_folder(out) as new:
-        _write_adapter(new / "adapter", trained if best else began, os.path.relpath(loaded.folder, out / "adapter"))
+        _write_adapter(new / "adapter", trained if best else began, relative(loaded.folder, out / "adapter"))
         write_text(new / "log.csv", _log(start, state.log_history))
         write_json(new / "metrics.json", metrics)
-        manifest.write(new, "finetuned", base=os.path.relpath(loaded.folder, out), data=examples.source)
+        manifest.write(new, "finetuned", base=relative(loaded.folder, out), data=examples.source)
 
 
 def _write_adapter(folder: Path, source: Path, base: str) -> None:

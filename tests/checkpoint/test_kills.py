@@ -85,9 +85,10 @@ def test_killed_while_it_replaces_a_folder_the_old_one_or_the_new_one_is_there(t
     out, chance = tmp_path / "out", random.Random(0)
     seen = set()
     for _ in range(6):
+        before = _written(out / "b")
         writer = processes.Process(target=kills.replace_for_ever, args=(out, in_one_step))
         writer.start()
-        _wait_for(lambda: (out / "b").exists())
+        _wait_for(lambda before=before: _written(out / "b") not in (None, before))
         time.sleep(chance.uniform(0, 0.1))
         writer.kill()
         writer.join()
@@ -113,6 +114,27 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"), new_folder(tmp_path / "out") as folder:
         (folder / "new").touch()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/old"]
+
+
+def test_a_symlink_stays_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/real").mkdir()
+    (tmp_path / "disk/real/old").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/real")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def _written(path):
+    """When the file was written; None while it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _wait_for(condition):

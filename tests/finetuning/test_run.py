@@ -56,6 +56,23 @@ def test_learns_and_writes_what_it_says(quantized, params, whole_run, work):
     assert min(float(row["held_out_loss"] or "inf") for row in rows) == metrics["held_out_loss_best"]
 
 
+def test_finetuned_below_symlinked_folders_it_finds_its_base(quantized, params, tmp_path):
+    (tmp_path / "disk/deep/runs").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    shutil.copytree(quantized, tmp_path / "disk/deep/quantized")
+    (tmp_path / "link").symlink_to(tmp_path / "disk/deep/runs")
+    (tmp_path / "models/named").symlink_to(tmp_path / "disk/deep/quantized")
+    short = params.model_copy(update={"epochs": 0.1, "checkpoints": 1})
+    finetune(tmp_path / "models/named", short, tmp_path / "link/finetuned")
+    for base in (load(tmp_path / "link/finetuned").folder, adapter_base(tmp_path / "link/finetuned")):
+        assert base == tmp_path / "disk/deep/quantized"
+
+
+def adapter_base(folder):
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    return (folder / "adapter" / config["base_model_name_or_path"]).resolve()
+
+
 def test_a_second_process_does_not_do_the_same_work(quantized, params, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.setattr("apiq.finetuning.run.work_folder", lambda identity: tmp_path / "work")
