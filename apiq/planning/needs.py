@@ -11,7 +11,7 @@ import torch
 
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
-from apiq.device import pick_dtype
+from apiq.device import pick_device, pick_dtype
 from apiq.params import Params
 from apiq.planning import memory
 from apiq.planning.machine import Machine
@@ -22,6 +22,7 @@ from apiq.refinement.teacher import COPIES as TEACHER_COPIES
 
 TOKEN = 8
 """Bytes of a token in the windows that refinement keeps."""
+MODEL = "full-precision model"
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,17 @@ def _asking_needs(setting: Setting, training: dict[str, Any], windows: int, dtyp
     if home != "disk":
         (gpu if home == "gpu" and gpu is not None else ram)["activations"] = sets
     return {"gpu": gpu, "ram": ram, "home": home, "mapped": sets if home == "disk" else 0}
+
+
+def evaluating_needs(setting: Setting) -> dict[str, Any]:
+    """GPU memory and RAM of the largest model that is measured, by part: the full-precision one, loaded whole."""
+    params, machine = setting.params.evaluate, setting.machine
+    device = pick_device(params.device)
+    model = {MODEL: setting.outline.parameters() * pick_dtype(params.dtype, device).itemsize}
+    loaded = {"interpreter": machine.interpreter}
+    if machine.gpu is None or device.type == "cpu":
+        return {"gpu": None, "ram": {**model, **loaded}}
+    return {"gpu": model, "ram": loaded}
 
 
 def _training_needs(

@@ -22,7 +22,7 @@ from apiq.methods import build
 from apiq.params import Params
 from apiq.planning import shortfalls
 from apiq.planning.machine import look
-from apiq.planning.needs import Setting, quantizing_needs, refining_needs, tuning_needs, weight_bytes
+from apiq.planning.needs import Setting, evaluating_needs, quantizing_needs, refining_needs, tuning_needs, weight_bytes
 from apiq.planning.outline import Outline, block_calls, outline, probe
 from apiq.planning.size import PackedBlock, Result, packed_block, result_size
 from apiq.planning.step import Pass
@@ -31,7 +31,7 @@ from apiq.planning.workload import block_sizes, fitting_pass, passing, teaching_
 
 
 def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True) -> dict[str, Any]:
-    """Count and time what quantizing, refining and finetuning with `params` would take here. No weight is read.
+    """Count and time what quantizing, refining, finetuning and evaluating would take here. No weight is read.
 
     Args:
         params: all sections; the model may be a folder with no more than its config.json.
@@ -40,8 +40,8 @@ def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True)
 
     Returns:
         `model`, `result` (effective bits, bytes), `quantize`, `refine` and `finetune` (bytes by part, seconds),
-        `machine`, `offloaded` (what does not stay on the device) and `problems` (what does not fit, and the field to
-        change).
+        `evaluate` (bytes by part), `machine`, `offloaded` (what does not stay on the device) and `problems` (what
+        does not fit, and the field to change).
         All sizes in bytes, all times in seconds.
 
     Raises:
@@ -50,15 +50,17 @@ def plan(params: Params, out: str | Path = "data/quantized", timed: bool = True)
     setting = _setting(params, Path(out))
     timing = _calibration(setting).run() if timed else None
     quantizing, refining, tuning = quantizing_needs(setting), refining_needs(setting), tuning_needs(setting)
+    evaluating = evaluating_needs(setting)
     return {
         "model": _model(setting),
         "result": _result(setting.result),
         "quantize": {**quantizing, **_quantize_time(setting, timing)},
         "refine": None if refining is None else {**refining, **_refine_time(setting, timing)},
         "finetune": None if tuning is None else {**tuning, **_finetune_time(setting, timing)},
+        "evaluate": evaluating,
         "machine": shortfalls.told(setting.machine),
         "offloaded": shortfalls.offloaded(quantizing, refining),
-        "problems": shortfalls.problems(params, quantizing, refining, tuning, setting.machine),
+        "problems": shortfalls.problems(params, quantizing, refining, tuning, evaluating, setting.machine),
     }
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from apiq.checkpoint.spreading import SHARE
 from apiq.params import Params
 from apiq.planning.machine import Machine
+from apiq.planning.needs import MODEL
 
 PLACES = {"quantized model": "result"}
 """The folder in which a part lies, where it has another name; refinement reads the one beside which it writes."""
@@ -51,6 +53,7 @@ def problems(
     quantizing: Mapping[str, Any],
     refining: Mapping[str, Any] | None,
     tuning: Mapping[str, Any] | None,
+    evaluating: Mapping[str, Any],
     machine: Machine,
 ) -> list[str]:
     """One sentence for each place that is too small."""
@@ -63,6 +66,7 @@ def problems(
     if tuning is not None:
         found += [_tuning(params, tuning["ram"], machine.ram + machine.interpreter, "RAM"),
                   _tuning(params, tuning["gpu"], machine.gpu, "GPU memory")]  # fmt: skip
+    found += [_evaluating(params, evaluating, machine)]
     return [sentence for sentence in found if sentence]
 
 
@@ -120,6 +124,22 @@ def _refining(params: Params, need: Mapping[str, int] | None, free: int | None, 
     if refine.activation_checkpointing is False:
         return f"{start}: set refine.activation_checkpointing from false to true."
     return f"{start}: set calibration.length from {params.calibration.length} to {params.calibration.length // 2}."
+
+
+def _evaluating(params: Params, need: Mapping[str, Any], machine: Machine) -> str | None:
+    """Whether the full-precision model is spread, by the rule of `apiq.checkpoint.spreading`."""
+    on_gpu = need["gpu"] is not None
+    size, free = (need["gpu"][MODEL], machine.gpu or 0) if on_gpu else (need["ram"][MODEL], machine.ram)
+    room = int(SHARE * free)
+    if size <= room:
+        return None
+    place, places = ("GPU memory", "GPU, RAM and disk") if on_gpu else ("RAM", "RAM and disk")
+    return (
+        f"evaluating needs {decimal(size)} of {place} for the full-precision model, which may take {decimal(room)} of "
+        f"the {decimal(free)} that are free: accelerate will spread it over {places}, which is slow; "
+        + ("set evaluate.dtype from float32 to bfloat16, or " if on_gpu and params.evaluate.dtype == "float32" else "")
+        + f"take {'a larger GPU' if on_gpu else 'a machine with more'}."
+    )
 
 
 def _disks(work: str, need: Mapping[str, int], machine: Machine) -> list[str]:

@@ -151,10 +151,12 @@ DISKS = {"result": 10**9, "unfinished work": 10**9}
 ROOM = Machine("cpu", 1, 0.0, ram=10**9, gpu=None, disk=DISKS, one_disk=False, interpreter=10**8)
 
 
-def told_problems(machine=ROOM, ram=10**8, gpu=None, refining=None, tuning=None, disk=10**6, **sections):
+def told_problems(machine=ROOM, ram=10**8, gpu=None, refining=None, tuning=None, disk=10**6, model=10**6, **sections):
     settings = parse({"quantize": {"batch_size": 1}, **sections})
     needs = {"ram": {"activations": ram, "block": 10**6}, "gpu": gpu, "disk": {"result": disk, "unfinished work": disk}}
-    return problems(settings, needs, refining, tuning, machine)
+    whole = {"full-precision model": model}
+    evaluating = {"gpu": None, "ram": whole} if gpu is None else {"gpu": whole, "ram": {}}
+    return problems(settings, needs, refining, tuning, evaluating, machine)
 
 
 def test_what_fits_is_no_problem():
@@ -171,7 +173,7 @@ def test_too_little_ram_names_windows_that_would_fit():
 
 def test_too_little_gpu_memory_and_disk():
     machine = dataclasses.replace(ROOM, gpu=100)
-    (sentence,) = told_problems(machine, gpu={"block": 200}, quantize={"batch_size": 8})
+    (sentence,) = told_problems(machine, gpu={"block": 200}, model=80, quantize={"batch_size": 8})
     assert "set quantize.batch_size from 8 to 1" in sentence
 
 
@@ -263,6 +265,28 @@ def test_finetuning_that_does_not_fit_is_told_the_next_thing_to_change():
     assert "set finetune.activation_checkpointing from false to true" in first
     (second,) = told_problems(tuning=need, finetune={"activation_checkpointing": True, "batch_size": 4})
     assert "finetune.batch_size from 4 to 2 and finetune.accumulation from 16 to 32" in second
+
+
+def test_evaluating_loads_the_full_precision_model_whole(folder):
+    def needs(gpu=None, **evaluate):
+        setting = planning._setting(params(folder, evaluate=evaluate), folder)
+        machine = dataclasses.replace(setting.machine, gpu=gpu)
+        return needing.evaluating_needs(dataclasses.replace(setting, machine=machine))
+
+    told = plan(params(folder), timed=False)
+    assert told["evaluate"]["ram"]["full-precision model"] == 4 * told["model"]["parameters"]
+    assert needs(dtype="bfloat16")["ram"]["full-precision model"] == 2 * told["model"]["parameters"]
+    assert needs(gpu=10**9, device="cpu")["gpu"] is None
+
+
+def test_a_full_precision_model_that_does_not_fit_will_be_spread():
+    assert told_problems(model=8 * 10**8) == []
+    (sentence,) = told_problems(model=8 * 10**8 + 1)
+    assert "needs 800.0 MB of RAM for the full-precision model, which may take 800.0 MB of the 1.0 GB" in sentence
+    assert sentence.endswith("spread it over RAM and disk, which is slow; take a machine with more.")
+    gpu = dataclasses.replace(ROOM, gpu=10**9)
+    (sentence,) = told_problems(gpu, gpu={}, model=10**10, evaluate={"dtype": "float32"})
+    assert "over GPU, RAM and disk, which is slow; set evaluate.dtype from float32 to bfloat16" in sentence
 
 
 def test_a_gpu_that_is_too_small_for_the_activations_sends_them_to_ram(folder):
