@@ -9,7 +9,6 @@ One block is in memory at a time; each is read twice. The loss of a window is - 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from apiq import parallel
 from apiq.blocks.activations import Activations, batches, choose_home
 from apiq.blocks.architecture import linears
-from apiq.blocks.capture import PADDING
+from apiq.blocks.capture import PADDING, completed
 from apiq.blocks.survey import Whole
 from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
@@ -70,8 +69,8 @@ def _head(whole: Whole, last: Activations) -> Activations:
     with whole.stream.rest(whole.device) as model:
         for batch in batches(len(last), 1):
             hidden, window = last[batch].requires_grad_(), whole.windows[batch].to(whole.device)
-            with torch.enable_grad(), _instead_of(whole.stream.blocks.modules, hidden), whole.precision():
-                logits = model(input_ids=window.clamp(min=0), use_cache=False).logits
+            with torch.enable_grad(), whole.precision():
+                logits = completed(model, whole.stream.blocks.modules, window.clamp(min=0), hidden)
                 loss = F.cross_entropy(logits[0, :-1].float(), window[0, 1:], ignore_index=PADDING, reduction="sum")
             last[batch] = torch.autograd.grad(loss, hidden)[0]
     return last
@@ -103,15 +102,3 @@ def _through(whole: Whole, index: int, block: nn.Module, X: Activations, gradien
                 "set quantize.dtype to float32."
             )
     return squares
-
-
-@contextlib.contextmanager
-def _instead_of(blocks: nn.ModuleList, hidden: Tensor) -> Iterator[None]:
-    """Let every block return `hidden`, whatever it is given."""
-    try:
-        for block in blocks:
-            block.forward = lambda *args, **kwargs: hidden
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)

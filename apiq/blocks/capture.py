@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +18,11 @@ from torch import Tensor, nn
 
 from apiq.blocks.activations import Activations, Home, batches
 from apiq.blocks.architecture import text_model
+from apiq.blocks.arguments import BlockCall, joined, varies
 from apiq.errors import ApiqError
 
 PADDING = -100
 """What stands in a calibration window where there is no token."""
-
-
-@dataclass(frozen=True)
-class PerWindow:
-    """An argument that differs between the windows, such as a padding mask; the first dimension counts them."""
-
-    values: Tensor
-
-
-@dataclass
-class BlockCall:
-    """The arguments of a block besides the hidden states: for one window, to broadcast over a batch, or PerWindow."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def run(self, block: nn.Module, hidden: Tensor, batch: slice) -> Tensor:
-        """The hidden states (batch, length, width) that `block` makes of `hidden`, the windows of `batch`."""
-
-        def chosen(value: Any) -> Any:
-            return value.values[batch].to(hidden.device) if isinstance(value, PerWindow) else value
-
-        output = block(hidden, *_each(self.args, chosen), **_each(self.kwargs, chosen))
-        return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
@@ -70,18 +47,20 @@ def capture(
     hidden, calls = recorder.calls(windows)
     shape = (len(windows), *hidden.shape[1:])
     X = Activations.empty(shape, dtype, home_of(shape))
-    moved = [BlockCall(*_each(call, lambda value: _moved(value, X.device))) for call in calls]
+    known: dict[int, Tensor] = {}
+    moved = [BlockCall(*call).moved(X.device, known) for call in calls]
     for batch in batches(len(windows), 16):
         X[batch] = _hidden(*recorder.forward(windows[batch])[0])
     return X, moved
 
 
-@torch.no_grad()
 def completed(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, hidden: Tensor) -> Tensor:
     """The logits (n, length, vocabulary) that `model` makes of `hidden`, what its last block gave for `windows`."""
-    failures = (ApiqError, TypeError, ValueError, AttributeError, IndexError)
+    failures = (ApiqError, TypeError, ValueError, AttributeError, IndexError, RuntimeError)
     try:
         return _completed(model, blocks, windows, hidden)
+    except torch.OutOfMemoryError:
+        raise
     except failures as failure:
         try:
             return _completed(model, blocks, windows, (hidden, None))
@@ -93,10 +72,13 @@ def _completed(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, output:
     try:
         for block in blocks:
             block.forward = lambda *_, **__: output
-        return model(input_ids=windows, use_cache=False).logits
+        logits = model(input_ids=windows, use_cache=False).logits
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
+    if logits.shape[:2] != windows.shape:  # what should have been in a tuple was taken for one
+        raise ValueError(f"{tuple(logits.shape)} are no logits for windows {tuple(windows.shape)}")
+    return logits
 
 
 def counted(windows: Tensor) -> Tensor | None:
@@ -118,14 +100,19 @@ class _Recorder:
     padded: bool
     as_tuple: bool = False
 
-    def calls(self, windows: Tensor) -> tuple[Tensor, list[Call]]:
+    def calls(self, windows: Tensor) -> tuple[Tensor, list[Any]]:
         """The hidden states of the first window, and what each block is called with besides them."""
         first = self._first(windows[:1])
-        if not self.padded:
-            return _hidden(*first[0]), [_without_hidden(call) for call in first]
-        emptiest = (windows == PADDING).sum(-1).argmax()  # beside it no window is without a mask
-        pairs = [self.forward(torch.stack([row, windows[emptiest]])) for row in windows]
-        return _hidden(*first[0]), _stacked([[_without_hidden(call) for call in pair] for pair in pairs])
+        # beside the emptiest no window is without a mask, and beside another it shows what is its own
+        other = windows[(windows == PADDING).sum(-1).argmax()] if self.padded else windows[-1]
+        single = [_without_hidden(call) for call in self.forward(other[None])]
+        pairs = [self._pair(windows[0], other)]
+        if self.padded or varies(single, pairs[0]):
+            pairs += [self._pair(row, other) for row in windows[1:]]
+        return _hidden(*first[0]), joined(single, pairs, {})
+
+    def _pair(self, window: Tensor, other: Tensor) -> list[Call]:
+        return [_without_hidden(call) for call in self.forward(torch.stack([window, other]))]
 
     def _first(self, window: Tensor) -> list[Call]:
         failures = (ApiqError, TypeError, ValueError, AttributeError, IndexError)
@@ -180,29 +167,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _without_hidden(call: Call) -> Call:
     args, kwargs = call
     return args[1:], {key: value for key, value in kwargs.items() if key not in ("hidden_states", "past_key_values")}
-
-
-def _stacked(pairs: list[Any]) -> Any:
-    """The arguments of all windows as one, from calls with two windows each: tensors with two rows become PerWindow."""
-    first = pairs[0]
-    if isinstance(first, Tensor):
-        two = first.dim() > 1 and first.shape[0] == 2
-        return PerWindow(torch.cat([value[:1] for value in pairs])) if two else first
-    if isinstance(first, tuple | list):
-        return type(first)(_stacked([value[i] for value in pairs]) for i in range(len(first)))
-    if isinstance(first, dict):
-        return {key: _stacked([value[key] for value in pairs]) for key in first}
-    return first
-
-
-def _each(value: Any, change: Any) -> Any:
-    """`value` with `change` done to everything in its tuples, lists and mappings."""
-    if isinstance(value, tuple | list):
-        return type(value)(_each(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _each(item, change) for key, item in value.items()}
-    return change(value)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -99,7 +99,7 @@ def _fake(
         def fake(value: Tensor) -> Tensor:
             return mode.from_tensor(value).to(device)
 
-        arguments: Any = tree_map_only(Tensor, fake, (call.args, call.kwargs))
+        arguments: Any = tree_map_only(Tensor, fake, call.given(slice(0, shape[0]), shape[0], device))
         hidden = torch.empty(shape, dtype=compute, device=device, requires_grad=not _trains(block))
 
         def run() -> Tensor:

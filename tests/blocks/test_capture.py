@@ -3,18 +3,58 @@
 import pytest
 import torch
 import transformers
+import transformers as hf
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from apiq.blocks.activations import Activations, Home, batches, mean_squared_error
 from apiq.blocks.architecture import KEPT, find_blocks, linears, replace, text_model
-from apiq.blocks.capture import PADDING, capture
+from apiq.blocks.capture import PADDING, capture, completed
 from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
 from tests.families.zoo import BLOCKS, WORDS, ZOO
 
 CPU = torch.device("cpu")
 HOME = Home("device", CPU)
+
+
+UNUSUAL = {
+    "bloom": hf.BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=BLOCKS, n_head=4, pad_token_id=0),
+    "codegen": hf.CodeGenConfig(vocab_size=WORDS, n_embd=32, n_layer=BLOCKS, n_head=4, rotary_dim=4, n_positions=64),
+    "falcon": hf.FalconConfig(
+        vocab_size=WORDS, hidden_size=32, num_hidden_layers=BLOCKS, num_attention_heads=4, alibi=True,
+        new_decoder_architecture=False,
+    ),
+    "gpt_neo": hf.GPTNeoConfig(
+        vocab_size=WORDS, hidden_size=32, num_layers=3, num_heads=4, max_position_embeddings=64,
+        attention_types=[[["global", "local", "global"], 1]],
+    ),
+    "gptj": hf.GPTJConfig(vocab_size=WORDS, n_embd=32, n_layer=BLOCKS, n_head=4, rotary_dim=4, n_positions=64),
+    "mpt": hf.MptConfig(vocab_size=WORDS, d_model=32, n_layers=BLOCKS, n_heads=4, max_seq_len=64),
+    "xglm": hf.XGLMConfig(
+        vocab_size=WORDS, d_model=32, ffn_dim=48, num_layers=BLOCKS, attention_heads=4, max_position_embeddings=64
+    ),
+}  # fmt: skip
+"""Families whose blocks return tuples, or get arguments with rows for each window (ALiBi, masks of a checked shape)."""
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_families_are_driven_block_by_block_to_their_own_logits(name, padded):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(UNUSUAL[name]).eval()
+    blocks = find_blocks(model).modules
+    windows = torch.randint(4, WORDS, (5, 24))
+    if padded:
+        windows[1, 20:] = windows[3, 10:] = PADDING
+    mask = {"attention_mask": (windows != PADDING).long()} if padded else {}
+    X, calls = capture(model, blocks, windows, torch.float32, lambda shape: HOME)
+    with torch.no_grad():
+        ids = windows.masked_fill(windows == PADDING, getattr(model.config, "pad_token_id", None) or 0)
+        expected = model(input_ids=ids, use_cache=False, **mask).logits
+        for block, call in zip(blocks, calls, strict=True):
+            X = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), batch_size=5)
+        assert torch.equal(completed(model, blocks, windows.clamp(min=0), X.rows), expected)
 
 
 @pytest.fixture(params=ZOO)
