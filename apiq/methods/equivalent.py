@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Problem
+from apiq.blocks.unfuse import Experts
 from apiq.methods.inputs import input_order
 
 EXACT = 1e-5
@@ -38,15 +39,18 @@ def pairs(problem: Problem) -> list[Pair]:
 
     A norm is tried for the linears that get its very output, a linear for those called after it that are as wide as
     its output. Linears whose input is written by none of them (or is read by something else too) have no pair; so have
-    those behind a shifted norm in half precision, where 1 + weight cannot be divided without rounding.
+    those behind a shifted norm in half precision, where 1 + weight cannot be divided without rounding. What the first
+    window does not reach is not tried, since nothing would change, nor are experts, whose input has many readers.
     """
     linears = problem.linears()
     order = input_order(problem, linears)
     norms = _norms(problem, order, linears)
+    experts = tuple(f"{name}." for name, module in problem.block.named_modules() if isinstance(module, Experts))
+    tried = [names for names in order if names[0] in norms and not names[0].startswith(experts)]
     found = []
-    for place, readers in enumerate(order):
+    for place, readers in enumerate(tried):
         width = linears[readers[0]].in_features
-        earlier = [name for names in order[:place] for name in names if linears[name].out_features == width]
+        earlier = [name for names in tried[:place] for name in names if linears[name].out_features == width]
         candidates = [Pair(tuple(readers), name, kind) for name in norms.get(readers[0], []) for kind in _KINDS]
         candidates += [Pair(tuple(readers), name, "linear") for name in reversed(earlier)]
         found += next(([pair] for pair in candidates if _changes_nothing(problem, pair)), [])
@@ -97,7 +101,7 @@ def _changes_nothing(problem: Problem, pair: Pair) -> bool:
 
 
 def _norms(problem: Problem, order: list[list[str]], linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
-    """By first reader, the modules with a weight a channel whose very output the readers get."""
+    """By first reader that the first window reaches, the modules with a weight a channel whose very output it gets."""
     assert problem.X is not None
     written: list[tuple[str, Tensor]] = []
     norms: dict[str, list[str]] = {}

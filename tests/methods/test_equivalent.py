@@ -11,7 +11,11 @@ from apiq.blocks.architecture import find_blocks
 from apiq.blocks.capture import capture
 from apiq.blocks.problem import Problem
 from apiq.blocks.unfuse import unfuse
+from apiq.blocks.walk import deploy
+from apiq.methods import build
 from apiq.methods.equivalent import pairs, put, transformed
+from apiq.methods.inputs import counting
+from apiq.params import QuantizeParams
 from tests.families.zoo import DECODERS, ENCODERS
 
 HOME = Home("device", torch.device("cpu"))
@@ -33,11 +37,17 @@ def problem_of(family):
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms that have learnt something
             parameter.data += 0.2 * torch.randn(parameter.shape)
+    return problem_in(model, torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(1)))
+
+
+def problem_in(model, windows):
+    """The first block of a model."""
     blocks = find_blocks(model)
-    windows = torch.randint(3, 61, (2, 10), generator=torch.Generator().manual_seed(1))
     X, calls = capture(model, blocks.modules, windows, torch.float32, lambda shape: HOME)
     block = unfuse(blocks.modules[0]).requires_grad_(False)
-    return Problem(0, block, calls[0], X, X, None, None, 0, contextlib.nullcontext, lambda *_: None)
+    problem = Problem(0, block, calls[0], X, X, None, None, 0, contextlib.nullcontext, lambda *_: None)
+    problem.targets = X.mapped(problem.run, 4)
+    return problem
 
 
 @pytest.mark.parametrize("family", FOUND)
@@ -65,3 +75,35 @@ def test_what_is_put_back_is_what_was_there():
     assert changed == set(old) == {f"{name}.weight" for name in (pair.writer, *pair.readers)}
     put(problem.block, old)
     assert all(torch.equal(value, before[name]) for name, value in problem.block.state_dict().items())
+
+
+def sparse_problem():
+    """16 experts of which each token reaches two, so that a window of six leaves some without a token."""
+    torch.manual_seed(0)
+    config = hf.Qwen3MoeConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_experts=16,
+        num_experts_per_tok=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = hf.Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    return problem_in(model, torch.randint(0, 61, (24, 6), generator=torch.Generator().manual_seed(1)))
+
+
+def test_experts_that_the_first_window_leaves_out_are_in_no_pair():
+    problem = sparse_problem()
+    names = [name for name in problem.linears() if ".experts." in name]
+    with counting(problem.block, names) as tokens:
+        problem.run(problem.X[slice(0, 1)], slice(0, 1))
+    assert sum(not count for count in tokens.values()) > 4
+    assert [(pair.writer, len(pair.readers)) for pair in pairs(problem)] == [("input_layernorm", 3)]
+
+
+def test_at_many_bits_a_mixture_of_experts_loses_nothing_by_factors():
+    """By the median over tokens: rounding sends a few of them to other experts, by chance."""
+    errors = {}
+    for method in ("awq", "rtn"):
+        problem, params = sparse_problem(), QuantizeParams(method=method, bits=8, group_size=16, batch_size=4)
+        deploy(problem.block, build(params).solve(problem), params, torch.float32)
+        output = problem.X.mapped(problem.run, 4).rows
+        errors[method] = float((output - problem.targets.rows).square().mean(-1).median())
+    assert errors["awq"] < 1.1 * errors["rtn"]
