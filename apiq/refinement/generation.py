@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from apiq.layers.dense import dense
 from apiq.memory import in_parts
 from apiq.progress import Progress, Step
 from apiq.ram import free_ram
-from apiq.randomness import borrowed
 from apiq.refinement.cache import roomy_cache
 
 AT_ONCE = 256
@@ -28,6 +28,9 @@ def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, p
     where it will be used, and where its own errors lead it (on-policy distillation, arXiv 2306.13649); the
     full-precision model's predictions for it need no text (LLM-QAT, arXiv 2305.17888).
 
+    Each window has a generator of its own, so how many are written side by side, which is a matter of free memory,
+    changes none of them beyond what the rounding of the arithmetic does.
+
     Raises:
         ApiqError: one window at a time does not fit into the memory of the device.
     """
@@ -37,11 +40,12 @@ def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, p
     rows = torch.randint(len(windows), (count, 1), generator=generator)
     starts = torch.randint(length - prompt + 1, (count, 1), generator=generator)
     prompts = windows[rows, starts + torch.arange(prompt)]
+    seeds = torch.randint(2**62, (count,), generator=generator).tolist()
     result = windows.new_empty(count, length)
 
     def write(batch: slice) -> None:
-        with borrowed(seed + batch.start), dense(model, trained=False):
-            result[batch] = _sampled(model, prompts[batch].to(device), length - prompt).cpu()
+        with dense(model, trained=False):
+            result[batch] = _sampled(model, prompts[batch].to(device), length - prompt, seeds[batch]).cpu()
         progress(Step("refine", batch.stop, count, f"the quantized model writes window {batch.stop}/{count}"))
 
     in_parts(count, _at_once(model, length, device), write, "the generation of windows")
@@ -49,19 +53,37 @@ def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, p
 
 
 def _at_once(model: Any, length: int, device: torch.device) -> int:
-    """How many windows to write side by side."""
+    """How many windows to write side by side: a power of 2, which a little more or less free memory seldom changes."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * width * length * torch.finfo(model.dtype).bits // 8
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
-    return max(1, min(AT_ONCE, free // SHARE // each))
+    fitting = max(1, min(AT_ONCE, free // SHARE // each))
+    return 1 << fitting.bit_length() - 1
 
 
-def _sampled(model: Any, prompts: Tensor, more: int) -> Tensor:
+def _sampled(model: Any, prompts: Tensor, more: int, seeds: list[int]) -> Tensor:
     """`more` tokens behind each of `prompts`, drawn from the whole distribution; no end of text."""
     return model.generate(
-        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+        logits_processor=LogitsProcessorList([_Drawn(seeds, prompts.device)]),
         max_new_tokens=more, min_new_tokens=more, pad_token_id=0, num_return_sequences=1,
         past_key_values=roomy_cache(model, prompts.shape[1] + more),
     )  # fmt: skip
+
+
+class _Drawn(LogitsProcessor):
+    """Makes the likeliest token one that is drawn, for each row of a batch by a generator of its own.
+
+    The arg max of logits + G, with independent G = -log E and E ~ Exp(1), is distributed as softmax(logits).
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log_()
