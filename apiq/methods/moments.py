@@ -89,8 +89,9 @@ def moments(
     assert hidden is not None
     current = {each: problem.block.get_submodule(each) for each in originals}
     width, length = originals[name].get_parameter("weight").shape[1], hidden.rows.shape[1]
-    zero = torch.zeros(width, width, device=hidden.device)
-    sums = {"G": zero, "M": zero, "magnitude": zero[0], "tokens": zero[0, 0]}
+    wide = {"dtype": torch.promote_types(hidden.rows.dtype, torch.float32), "device": hidden.device}
+    sums = {"G": torch.zeros(width, width, **wide), "M": torch.zeros(width, width, **wide)}
+    sums |= {"magnitude": torch.zeros(width, **wide), "tokens": torch.zeros((), **wide)}
 
     def add(batch: slice) -> None:
         fed = _fed(problem, hidden, batch, current[name])
@@ -103,9 +104,9 @@ def moments(
                 X = _counted(problem, _fed(problem, problem.X, batch, originals[name]), batch)
             finally:
                 place(problem.block, current)
-        found = {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0), "tokens": zero.new_tensor(len(Xq))}
-        for key, value in found.items():
-            sums[key] = sums[key] + value
+        found = {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0), "tokens": Xq.new_tensor(len(Xq))}
+        for key, value in found.items():  # all of them are there: from here on memory cannot run out
+            sums[key].add_(value)
 
     count = min(len(hidden), windows or len(hidden))
     in_parts(count, at_once(hidden, batch_size), add, f"a forward pass of block {problem.index}")

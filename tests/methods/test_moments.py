@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apiq.blocks.activations import Activations, Home
 from apiq.blocks.capture import BlockCall
@@ -30,6 +31,31 @@ def test_they_can_be_those_of_the_first_windows(problem):
     first = tokens_of(problem, problem.Xq, "self_attn.q_proj")[:2].flatten(0, 1)
     found = moments(problem, problem.linears(), "self_attn.q_proj", 4, windows=2)
     torch.testing.assert_close(found.G, first.t() @ first / len(first))
+
+
+class Full(TorchDispatchMode):
+    """Memory that runs out once, when for the time `at` a product or sum of moments (32, 32) is made."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.add.Tensor) and result.shape == (32, 32):
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError
+        return result
+
+
+def test_a_batch_counts_once_wherever_memory_runs_out(problem):
+    expected = moments(problem, problem.linears(), "self_attn.q_proj", 4, paired=True)
+    for at in (1, 2, 3, 4):
+        with Full(at):
+            found = moments(problem, problem.linears(), "self_attn.q_proj", 4, paired=True)
+        torch.testing.assert_close(found.G, expected.G)
+        torch.testing.assert_close(found.M, expected.M)
 
 
 def test_padding_does_not_count(problem):
