@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from apiq.allocator import give_back_freed
@@ -28,6 +28,7 @@ from apiq.errors import ApiqError
 from apiq.layers.dense import LIMIT
 from apiq.layers.embedding import keep_narrow
 from apiq.layers.packed import PackedLinear, asked_once
+from apiq.models.config import read_config
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
 """Files by which a folder with a tokenizer is known."""
@@ -77,7 +78,7 @@ def full_precision(source: str | Path, dtype: torch.dtype | None = None) -> Full
     from apiq.models.source import locate, weight_files
 
     folder = locate(source)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise ApiqError(f"{source} is quantized already; give the full-precision model.")
     stored = _stored_dtype(folder, config)
@@ -124,7 +125,7 @@ def load(
 
         base = locate(folder)
         adapter = base / "adapter"
-    config = AutoConfig.from_pretrained(base)
+    config = read_config(base)
     if kind == "full" and (quantized := getattr(config, "quantization_config", None)):
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized.quant_method
         if method != "apiq":
@@ -220,6 +221,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         if not _has_tokenizer(folder):
             raise OSError("it has no file of one")
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ApiqError(f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())}.") from None
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise ApiqError(f"{folder} has no tokenizer that can be read: {reason}.") from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apiq.blocks.stream import skeleton
@@ -22,6 +22,7 @@ from apiq.errors import ApiqError
 from apiq.files import read_json
 from apiq.grids.affine import Grid
 from apiq.layers.packed import PackedLinear
+from apiq.models.config import read_config
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Source:
     @cached_property
     def model_config(self) -> PretrainedConfig:
         """The configuration of the model without that of its quantization."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = read_config(self.folder)
         delattr(config, "quantization_config")
         return config
 
