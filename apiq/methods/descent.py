@@ -16,7 +16,7 @@ from torch import Tensor
 from apiq import parallel
 from apiq.blocks.problem import Curve
 from apiq.errors import ApiqError
-from apiq.memory import halved
+from apiq.memory import halved, in_parts
 from apiq.methods.flat import Group, Optimizer
 
 RETRIES = 5
@@ -258,11 +258,14 @@ class _Descent:
         """The mean loss on the windows set aside."""
         self._anneal(1.0)
         total = torch.zeros(2, dtype=torch.float64, device=self.optimizer.groups[0].grad.device)
-        size = self.params.batch_size
-        for start in range(self.trained, self.objective.windows, size):
-            batch = slice(start, min(start + size, self.objective.windows))
+
+        def add(part: slice) -> None:
+            batch = slice(self.trained + part.start, self.trained + part.stop)
             weight = self.objective.weight_of(batch)
-            total += torch.stack([self.objective.loss_of(batch)[0] * weight, total.new_tensor(weight)])
+            total.add_(torch.stack([self.objective.loss_of(batch)[0] * weight, total.new_tensor(weight)]))
+
+        aside = self.objective.windows - self.trained
+        in_parts(aside, self.part, add, f"the loss of {self.objective.where} on windows held out")
         loss, weight = parallel.add(total).tolist()
         mean = loss / max(weight, 1.0)
         return mean if math.isfinite(mean) else math.inf

@@ -157,6 +157,28 @@ def test_a_batch_that_does_not_fit_is_divided_with_the_same_result(targets, fits
     assert max(sizes) <= fits
 
 
+@pytest.mark.parametrize("fits", [1, 2])
+def test_windows_held_out_are_divided_like_those_of_a_step(targets, fits):
+    traces = []
+    for limit in (3, fits):
+        parameter = nn.Parameter(torch.zeros(3))
+        refused = []
+
+        def loss_of(batch, parameter=parameter, limit=limit, refused=refused):
+            if len(targets[batch]) > limit:
+                refused.append(torch.is_grad_enabled())
+                raise torch.OutOfMemoryError
+            loss = (parameter - targets[batch]).square().mean()
+            return loss, loss
+
+        params = settings(batch_size=3, held_out=0.5)
+        traces.append(descend([Group([parameter], 0.05, 0.1)], Objective(loss_of, 6, "it"), params, 0, silent))
+    whole, divided = traces
+    assert divided.held_out == pytest.approx(whole.held_out, rel=1e-5)
+    assert divided.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert refused == sorted(refused)  # before the first step, in it, and no more
+
+
 def test_a_window_that_does_not_fit_is_refused_with_what_to_change():
     parameter = nn.Parameter(torch.zeros(1))
 
