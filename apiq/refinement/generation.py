@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from apiq.layers.dense import dense
 from apiq.memory import in_parts
@@ -64,13 +67,28 @@ def _at_once(model: Any, length: int, device: torch.device) -> int:
 
 
 def _sampled(model: Any, prompts: Tensor, more: int, seeds: list[int]) -> Tensor:
-    """`more` tokens behind each of `prompts`, drawn from the whole distribution; no end of text."""
-    return model.generate(
-        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-        logits_processor=LogitsProcessorList([_Drawn(seeds, prompts.device)]),
-        max_new_tokens=more, min_new_tokens=more, pad_token_id=0, num_return_sequences=1,
-        past_key_values=roomy_cache(model, prompts.shape[1] + more),
-    )  # fmt: skip
+    """`more` tokens behind each of `prompts`, drawn from the whole distribution; an end of text is one like others."""
+    with _without_settings(model.get_base_model() if isinstance(model, PeftModel) else model) as plain:
+        return plain.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+            logits_processor=LogitsProcessorList([_Drawn(seeds, prompts.device)]),
+            max_new_tokens=more, pad_token_id=0,
+            past_key_values=roomy_cache(plain, prompts.shape[1] + more),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _without_settings(model: Any) -> Iterator[Any]:
+    """The model without its own settings of generation, such as penalties and tokens that it must not write.
+
+    What a call of `generate` leaves open is taken from there, also where it is given another configuration.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield model
+    finally:
+        model.generation_config = own
 
 
 class _Drawn(LogitsProcessor):

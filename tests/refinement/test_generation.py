@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from apiq.checkpoint.loading import load
 from apiq.refinement import generation
@@ -49,3 +50,22 @@ def test_tokens_are_drawn_as_the_softmax_has_them():
     drawn = _Drawn(list(range(rows)), torch.device("cpu"))(torch.empty(0), logits.expand(rows, 5)).argmax(-1)
     shares = torch.bincount(drawn, minlength=5) / rows
     assert torch.allclose(shares, logits.softmax(-1), atol=0.015)  # four standard deviations of the largest share
+
+
+def test_the_models_own_settings_of_generation_change_nothing(make, windows):
+    model = load(make()).model
+    expected, base = written(model, windows, 64), model.get_base_model()
+    ends = [int(expected[0, 5]), int(expected[1, 7])]
+    base.generation_config = own = GenerationConfig(
+        eos_token_id=ends, repetition_penalty=1.3, no_repeat_ngram_size=2, suppress_tokens=[4], do_sample=True,
+        min_p=0.2, temperature=0.5, max_length=7,
+    )  # fmt: skip
+    assert torch.equal(written(model, windows, 64), expected)
+    assert base.generation_config is own
+
+
+def test_every_token_is_written_and_so_is_an_end_of_text(make, windows):
+    model = load(make()).model
+    model.get_base_model().generation_config = GenerationConfig(eos_token_id=7)
+    tokens = written(model, windows, 256)[:, 3:]
+    assert (tokens[:, :-1] == 7).any() and len(tokens.unique()) == 61
