@@ -150,7 +150,11 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
     base_model: Annotated[str | None, typer.Option(help="Name of the original on the hub, for the model card.")] = None,
     metrics: Annotated[
-        Path | None, typer.Option(help="A metrics.json of apiq evaluate, whose numbers go on the model card.")
+        Path | None,
+        typer.Option(
+            help="What goes on the model card: the output of apiq evaluate MODEL ... --json > metrics.json, or the "
+            "metrics.json of the evaluate stage."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -31,7 +33,7 @@ def push_to_hub(
         repository: OWNER/NAME; it is made if it is not there.
         private: whether a new repository is private.
         base_model: the name of the original on the hub.
-        metrics: a metrics.json whose numbers go on the card.
+        metrics: what `apiq evaluate --json` printed, or the metrics.json of the evaluate stage; results go on the card.
         endpoint: another hub than huggingface.co, or than `$HF_ENDPOINT`.
 
     Returns:
@@ -45,7 +47,7 @@ def push_to_hub(
         raise ApiqError(f"there is no folder {folder}.")
     if manifest.read(folder) is not None:
         manifest.verify(folder)
-    text = card(folder, base_model, None if metrics is None else read_json(metrics))
+    text = card(folder, base_model, None if metrics is None else _measured(metrics))
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -60,3 +62,20 @@ def push_to_hub(
         raise ApiqError(
             f"{repository} cannot be written on the hub: {reason}; log in with `hf auth login`, and give OWNER/NAME."
         ) from error
+
+
+def _measured(path: str | Path) -> dict[str, Any]:
+    """The results in a JSON file of `apiq evaluate`, without how they were measured.
+
+    Raises:
+        ApiqError: the file is missing or holds no results by name.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ApiqError(f"{path} holds no metrics by name; write it with apiq evaluate MODEL --json > metrics.json.")
+    return _without_protocol(values)
+
+
+def _without_protocol(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in values.items() if name != "protocol"}
+    return {name: _without_protocol(value) if isinstance(value, Mapping) else value for name, value in kept.items()}

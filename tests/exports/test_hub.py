@@ -57,6 +57,26 @@ def test_what_is_pushed_is_the_folder_with_its_card(folder, hub, tmp_path):
     assert files == before | {"README.md": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def test_what_evaluate_prints_goes_on_the_card_without_how_it_was_measured(folder, hub, tmp_path):
+    printed = {
+        "kind": "quantized", "model": "quantized", "perplexity": 7.5, "tasks": {"copa": {"acc": 0.5}},
+        "protocol": {"perplexity": {"text": {"length": 2048, "windows": 141}}, "tasks": {"copa": {"documents": 100}}},
+    }  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(printed))
+    push_to_hub(folder, "me/tiny", metrics=tmp_path / "metrics.json", endpoint=endpoint(hub))
+    ((_, files),) = hub.commits
+    expected = card(folder, None, {"perplexity": 7.5, "tasks": {"copa": {"acc": 0.5}}})
+    assert "| tasks.copa.acc | 0.5 |" in expected and "protocol" not in expected
+    assert files["README.md"] == hashlib.sha256(expected.encode()).hexdigest()
+
+
+def test_metrics_without_names_are_refused(folder, hub, tmp_path):
+    (tmp_path / "metrics.json").write_text("[7.5]")
+    with pytest.raises(ApiqError, match=r"metrics\.json holds no metrics by name; write it with apiq evaluate"):
+        push_to_hub(folder, "me/tiny", metrics=tmp_path / "metrics.json", endpoint=endpoint(hub))
+    assert not hub.created
+
+
 def test_a_damaged_folder_is_not_pushed(folder, hub):
     (folder / "rest.safetensors").write_bytes(b"")
     with pytest.raises(ApiqError, match=r"rest\.safetensors is damaged"):
