@@ -106,7 +106,8 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
     if config is None:
         return
     sides = _sides(config)
-    if sides and quantize.adapted and TUNERS[quantize.adapter].bounded:
+    everywhere = quantize.adapted and quantize.adapter_targets == ["all"]  # of others the walk knows the sides
+    if sides and everywhere and TUNERS[quantize.adapter].bounded:
         name, smallest = min(sides.items(), key=lambda side: side[1])
         key, rank = quantize.largest_rank
         if rank > smallest:
@@ -222,7 +223,8 @@ def _sides(config: Config) -> dict[str, int]:
     width, heads = _first(config, _WIDTH), _first(config, _HEADS)
     if width is None:
         return {}
-    sides = {"hidden_size": width, "intermediate_size": _first(config, _INNER)}
+    usual = 4 * width if any(key in config for key in _INNER) else None  # of GPT-2, where n_inner is null
+    sides = {"hidden_size": width, "intermediate_size": _first(config, _INNER) or usual}
     head = config.get("head_dim") or (width // heads if heads else None)
     if head and heads:
         sides["num_attention_heads x head size"] = heads * head

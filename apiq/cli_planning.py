@@ -107,7 +107,7 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{part} {bits[part]:.3f}" for part in ("codes", "scales", "zeros", "adapters"))),
         ("result", f"{decimal(made['bytes'])}, of them adapters {decimal(made['adapter_bytes'])}"),
     ]  # fmt: skip
-    for phase in ("quantize", "refine", "finetune"):
+    for phase in ("quantize", "refine", "finetune", "evaluate"):
         if result[phase] is not None:
             rows += [(f"{phase}: {name}", value) for name, value in _needs(result[phase])]
     rows += [("offloaded", sentence) for sentence in result["offloaded"]]

@@ -48,6 +48,10 @@ def combinations(params: QuantizeParams) -> None:
         )
         require(params.adapter in ("lora", "rslora"), "adapter", params.adapter, "lora or rslora when pooled is true")
         require(params.start == "default", "start", params.start, "default when pooled is true")
+    descends = params.method in ("apiq-lw", "apiq-bw", "omniquant")
+    for key, none in (("rounding", "straight-through"), ("held_out", 0), ("patience", 0)):
+        told = f"{none} for method {params.method}; apiq-lw, apiq-bw and omniquant descend"
+        require(descends or getattr(params, key) == none, key, getattr(params, key), told)
     if params.lr_weight:
         what = f"0 for method {params.method}; apiq-lw and apiq-bw train W"
         require(params.method in ("apiq-lw", "apiq-bw"), "lr_weight", params.lr_weight, what)

@@ -146,7 +146,7 @@ class FinetuneParams(Section):
     tracking: Literal["none", "tensorboard", "dvclive"] = "none"
     """Who besides log.csv gets losses and learning rates, in the folder tracking/ beside the output."""
     dtype: DType = "auto"
-    """Arithmetic: auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Arithmetic: auto is bfloat16 on a GPU that multiplies it itself, else float32."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     seed: Seed = 0
@@ -201,7 +201,7 @@ class EvaluateParams(Section):
     batch_size: Positive = 8
     """Sequences on the device at once."""
     dtype: DType = "auto"
-    """Arithmetic: auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Arithmetic: auto is bfloat16 on a GPU that multiplies it itself, else float32."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

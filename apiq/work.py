@@ -26,10 +26,14 @@ def work_folder(identity: Mapping[str, Any]) -> Path:
 
     It is made if it is not there; whoever asked for it removes it when the output stands.
     """
-    root = Path(os.environ.get("APIQ_WORK") or ".apiq_work")
-    folder = root / fingerprint(identity)
+    folder = work_root() / fingerprint(identity)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def work_root() -> Path:
+    """Where unfinished work and what does not fit into memory go; it need not be there yet."""
+    return Path(os.environ.get("APIQ_WORK") or ".apiq_work")
 
 
 @contextlib.contextmanager

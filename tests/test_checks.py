@@ -68,6 +68,23 @@ def test_what_has_no_adapters_is_not_finetuned(bare: str) -> None:
         check(without, known_config(without.model))
 
 
+def test_only_adapters_everywhere_are_held_to_the_smallest_side(tmp_path: Path) -> None:
+    """Two narrow heads of keys and values carry none where the feed-forward part alone is adapted."""
+    narrow = LLAMA | {"num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(narrow))
+    side = LLAMA["hidden_size"] // LLAMA["num_attention_heads"]
+    wide = [f"model.source={tmp_path}", f"quantize.rank={2 * side}"]
+    assert f"it should be at most {side}" in refusal(*wide)
+    check(changed(*wide, "quantize.adapter_targets=[ffn]"), narrow)
+
+
+def test_a_width_that_gpt2_leaves_empty_is_four_times_the_other() -> None:
+    gpt2 = {"n_embd": 768, "n_head": 12, "n_inner": None}
+    check(changed("quantize.group_size=3072"), gpt2)
+    with pytest.raises(ApiqError, match="at most 3072, the widest row"):
+        check(changed("quantize.group_size=3073"), gpt2)
+
+
 def test_data_of_a_finetuning_that_is_not_done_need_not_be_there() -> None:
     without = changed("finetune.task=none", "finetune.text=gone.txt", "finetune.length=4096")
     check(without, known_config(without.model))

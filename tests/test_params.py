@@ -119,6 +119,12 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ),
         ({"quantize": {"method": "qlora", "symmetric": True}}, "quantize.symmetric is True; it should be false for"),
         (
+            {"quantize": {"method": "gptq", "rounding": "soft"}},
+            "quantize.rounding is 'soft'; it should be straight-through for method gptq",
+        ),
+        ({"quantize": {"method": "rtn", "held_out": 0.1}}, "quantize.held_out is 0.1; it should be 0 for method rtn"),
+        ({"quantize": {"patience": 2}}, "quantize.patience is 2; it should be 0 when held_out is 0"),
+        (
             {"quantize": {"method": "gptq", "lr_weight": 0.001}},
             "quantize.lr_weight is 0.001; it should be 0 for method gptq",
         ),

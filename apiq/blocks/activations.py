@@ -40,6 +40,7 @@ class Home:
         if self.kind == "memory":
             return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(dir=self.folder, prefix=".activations-")
         size = max(torch.Size(shape).numel(), 1)
         try:
@@ -47,7 +48,10 @@ class Home:
                 rows = torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)
             finally:
                 os.unlink(path)  # empty as yet; the mapping lives on, and its room goes however the process ends
-            os.posix_fallocate(handle, 0, size * dtype.itemsize)  # a full disk is met here, not in the mapping
+            if hasattr(os, "posix_fallocate"):  # macOS lacks it
+                os.posix_fallocate(handle, 0, size * dtype.itemsize)  # a full disk is met here, not in the mapping
+            else:
+                os.truncate(handle, size * dtype.itemsize)
         finally:
             os.close(handle)
         return rows

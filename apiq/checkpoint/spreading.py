@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from apiq.ram import free_ram
+from apiq.work import work_root
 
 SHARE = 0.8
 """Of free memory that weights may take; the rest is for activations and logits."""
@@ -35,7 +36,9 @@ def spread(files: Sequence[Path], stored: torch.dtype, dtype: torch.dtype, devic
     rooms = _rooms(device)
     if not rooms or size <= next(iter(rooms.values())):
         return {}
-    return {"device_map": "auto", "max_memory": rooms, "offload_folder": tempfile.mkdtemp(prefix="apiq-spread.")}
+    work_root().mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="spread.", dir=work_root())
+    return {"device_map": "auto", "max_memory": rooms, "offload_folder": folder}
 
 
 def forget_with(model: nn.Module, folder: str) -> None:

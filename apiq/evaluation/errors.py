@@ -35,6 +35,7 @@ from apiq.evaluation.perplexity import refuse
 from apiq.evaluation.side_by_side import BLOCK, SideBySide
 from apiq.params import EvaluateParams
 from apiq.progress import Progress, Step, naming, silent
+from apiq.work import work_root
 
 COPIES = 4
 """Sets of activations alive at a time: X, Xq, and what the block in hand makes of them."""
@@ -197,7 +198,7 @@ def _start(original: ModelStream, windows: Tensor, place: torch.device) -> tuple
     with original.embeddings(torch.device("cpu")) as model:
         return capture(
             model, original.blocks.modules, windows, original.dtype,
-            lambda shape: choose_home("auto", shape, original.dtype, COPIES, place, None),
+            lambda shape: choose_home("auto", shape, original.dtype, COPIES, place, work_root()),
         )  # fmt: skip
 
 
