@@ -73,9 +73,10 @@ class Experts(nn.ModuleList):
         return result
 
     def _chosen(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The experts with their tokens, which keep their order, and with the place of each among a token's choices."""
         for number in top_k_index.unique().tolist():
             if number < len(self):  # transformers marks tokens of experts that are elsewhere by their count
-                place, token = torch.where(top_k_index.t() == number)
+                token, place = torch.where(top_k_index == number)
                 yield number, token, place
 
 

@@ -25,7 +25,8 @@ class ApiqLayerwise:
     X is what the linear gets in the full-precision model, Xq what it gets once everything before it,
     in earlier blocks and in this one, is quantized. Linears that read the same tensor (query, key and
     value; gate and up) share X and Xq and are fitted one by one from them. An expert of a mixture gets other
-    tokens in the two models: it is fitted to || Xq W - Xq (Q + A B^T) || on those of the quantized one.
+    tokens in the two models: unless both give it every token, it is fitted to || Xq W - Xq (Q + A B^T) || on those of
+    the quantized one.
     """
 
     calibrated = True
@@ -51,8 +52,9 @@ class ApiqLayerwise:
                 X = Xq
                 if isinstance(Xq, Activations):
                     place(problem.block, originals)
-                    X = inputs(problem, problem.X, originals[names[0]])
+                    own = inputs(problem, problem.X, originals[names[0]])
                     place(problem.block, adapted)
+                    X = own if isinstance(own, Activations) else Xq
                 for name in names:
                     linear = _Linear(name, number, len(originals), originals[name], adapted[name])
                     number += 1

@@ -82,8 +82,9 @@ def moments(
 
     With `paired` X is what it is fed in the full-precision block, with `originals` in place, on the
     full-precision input. An expert gets tokens by a choice that the two blocks make differently; there
-    X is taken to be Xq. Padding is left out, except before experts, whose tokens carry no position.
-    Added in float32, or in float64 where the activations are, over all processes.
+    X is taken to be Xq, unless both give it every token. Padding is left out, except before experts that
+    get only some tokens, which carry no position. Added in float32, or in float64 where the activations
+    are, over all processes.
     """
     hidden = problem.Xq
     assert hidden is not None
@@ -101,9 +102,10 @@ def moments(
         if paired and len(fed) == length * (batch.stop - batch.start):
             place(problem.block, originals)
             try:
-                X = _counted(problem, _fed(problem, problem.X, batch, originals[name]), batch)
+                own = _fed(problem, problem.X, batch, originals[name])
             finally:
                 place(problem.block, current)
+            X = _counted(problem, own, batch) if len(own) == len(fed) else Xq
         found = {"G": Xq.t() @ Xq, "M": Xq.t() @ X, "magnitude": Xq.abs().sum(0), "tokens": Xq.new_tensor(len(Xq))}
         for key, value in found.items():  # all of them are there: from here on memory cannot run out
             sums[key].add_(value)
