@@ -119,6 +119,13 @@ class _Lesson:
         index = None if self.teacher.index is None else self.teacher.index[batch].to(self.device)
         return divergence(logits, self.teacher.logs[batch].to(self.device), index)
 
+    def scale(self, size: int) -> float | None:
+        """What to multiply the loss of `size` windows by before the backward pass in float16: its positions.
+
+        The gradient of a logit, (q - p) / positions, is below what float16 can hold where q is near p.
+        """
+        return float(self.windows[:size].numel()) if self.compute == torch.float16 else None
+
     @torch.no_grad()
     def mean(self, count: int, size: int) -> Tensor:
         """Mean divergence over the first `count` windows."""
@@ -148,6 +155,7 @@ class _Lesson:
 
         objective = Objective(
             loss_of, len(self.windows), "refinement", names=names(self.trained.model),
+            scale=self.scale(params.batch_size),
             remedy="lower refine.lr_adapter and refine.lr_scales, or set refine.dtype to float32",
         )  # fmt: skip
         return descend(self.trained.groups(params), objective, params, params.seed, report, kept)

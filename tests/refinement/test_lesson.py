@@ -1,0 +1,42 @@
+"""The loss that refinement minimises, as it is differentiated."""
+
+import pytest
+import torch
+
+from apiq.checkpoint.loading import load
+from apiq.params import RefineParams
+from apiq.refinement import run
+from apiq.refinement.divergence import top
+from apiq.refinement.kept import Kept
+from apiq.refinement.teacher import Predictions
+from apiq.refinement.trained import Trained
+
+CPU = torch.device("cpu")
+
+
+def many():
+    return torch.randint(0, 61, (1024, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def near(make):
+    """Predictions that are near those of the packed model."""
+    model = load(make()).model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=many(), use_cache=False).logits
+    return Predictions(*top(logits + 0.03 * torch.randn(61, generator=torch.Generator().manual_seed(2)), 61))
+
+
+def test_gradients_of_a_small_loss_survive_float16(make, near, monkeypatch, tmp_path):
+    objectives, gradients = [], []
+    monkeypatch.setattr(run, "descend", lambda groups, objective, *_: objectives.append(objective))
+    for name in ("float32", "float16"):
+        trained = Trained(load(make(), dtype=name, trainable=True).model.eval(), False)
+        lesson = run._Lesson(trained, many(), near, CPU, getattr(torch, name))
+        lesson.learn(RefineParams(batch_size=1024), Kept(tmp_path), lambda step: None)
+        loss, _ = objectives[-1].loss_of(slice(0, 1024))
+        assert loss.item() < 0.001
+        factor = objectives[-1].scale or 1.0
+        (loss * factor).backward()
+        gradients.append(torch.cat([each.grad.flatten() for each in trained.adapters]) / factor)
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.06  # 0.27 without the factor
