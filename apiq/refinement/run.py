@@ -21,6 +21,7 @@ from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import refuse
 from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.layers.dense import dense
+from apiq.memory import in_parts
 from apiq.meter import Meter
 from apiq.methods.descent import Objective, Trace, descend
 from apiq.methods.flat import names
@@ -128,11 +129,14 @@ class _Lesson:
 
     @torch.no_grad()
     def mean(self, count: int, size: int) -> Tensor:
-        """Mean divergence over the first `count` windows."""
+        """Mean divergence over the first `count` windows, `size` at a time where memory allows."""
         self.trained.model.eval()
-        starts = range(0, count, size)
-        stops = [min(start + size, count) for start in starts]
-        losses = [self.loss(slice(a, b)) * (b - a) for a, b in zip(starts, stops, strict=True)]
+        losses: list[Tensor] = []
+
+        def add(batch: slice) -> None:
+            losses.append(self.loss(batch) * (batch.stop - batch.start))
+
+        in_parts(count, size, add, "the divergence of the quantized model")
         return (torch.stack(losses).double().sum() / count).cpu()
 
     def learn(self, params: RefineParams, kept: Kept, progress: Progress) -> Trace:

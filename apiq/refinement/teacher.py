@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from apiq.blocks.activations import TOKENS, batches, choose_home
+from apiq.blocks.activations import TOKENS, Activations, batches, choose_home
 from apiq.blocks.capture import capture, completed
 from apiq.blocks.stream import CPU, ModelStream
 from apiq.device import precision
+from apiq.memory import in_parts
 from apiq.progress import Progress, Step
 from apiq.refinement.divergence import top
 
 COPIES = 2
 """Sets of activations alive at a time: what enters a block and what leaves it."""
+LOGITS = 2**28
+"""Bytes that the logits in float32 may fill at a time; a few copies of them are alive."""
+
+Told = tuple[Tensor, Tensor | None]
+"""The likeliest tokens at some positions, as `divergence.top` gives them."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,31 @@ def predictions(
 
         X = X.mapped(run)
         progress(Step("refine", index + 1, len(calls), f"the full-precision model, block {index + 1}/{len(calls)}"))
+    entries = stream.model.config.get_text_config().vocab_size
     with stream.rest(device) as model:
-        found = []
-        for batch in batches(len(windows), max(TOKENS // windows.shape[1], 1)):
+
+        def ask(tokens: Tensor, hidden: Tensor) -> Told:
             with precision(device, dtype):
-                logits = completed(model, blocks, windows[batch].to(device), X[batch])
-            found.append([None if part is None else part.cpu() for part in top(logits, k)])
-    logs, index = zip(*found, strict=True)
-    return Predictions(torch.cat(logs), None if index[0] is None else torch.cat(index))
+                logits = completed(model, blocks, tokens.to(device), hidden)
+            logs, index = top(logits, k)
+            return logs.cpu(), None if index is None else index.cpu()
+
+        return Predictions(*_told(ask, windows, X, max(LOGITS // (4 * entries), 1)))
+
+
+def _told(ask: Callable[[Tensor, Tensor], Told], windows: Tensor, X: Activations, tokens: int) -> Told:
+    """What `ask` says of all `windows` and what the last block gave for them, at most `tokens` positions at a time."""
+    length, found = windows.shape[1], []
+
+    def add(batch: slice) -> None:
+        hidden, pieces = X[batch], batches(length, tokens)
+        found.append(_joined([ask(windows[batch, piece], hidden[:, piece]) for piece in pieces], 1))
+
+    size = max(min(TOKENS, tokens) // length, 1)
+    in_parts(len(windows), size, add, "the predictions of the full-precision model")
+    return _joined(found, 0)
+
+
+def _joined(parts: list[Told], dimension: int) -> Told:
+    logs, index = zip(*parts, strict=True)
+    return torch.cat(logs, dimension), None if index[0] is None else torch.cat(index, dimension)

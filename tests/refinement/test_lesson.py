@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from apiq.checkpoint.loading import load
+from apiq.errors import ApiqError
 from apiq.params import RefineParams
 from apiq.refinement import run
 from apiq.refinement.divergence import top
@@ -40,3 +41,22 @@ def test_gradients_of_a_small_loss_survive_float16(make, near, monkeypatch, tmp_
         (loss * factor).backward()
         gradients.append(torch.cat([each.grad.flatten() for each in trained.adapters]) / factor)
     assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.06  # 0.27 without the factor
+
+
+def test_the_mean_is_taken_of_fewer_windows_at_a_time_where_memory_runs_out(make, windows, monkeypatch):
+    trained = Trained(load(make(), trainable=True).model.eval(), False)
+    with torch.no_grad():
+        logits = trained.model(input_ids=windows, use_cache=False).logits
+    lesson = run._Lesson(trained, windows, Predictions(*top(logits.flip(0), 61)), CPU, torch.float32)
+    expected, loss = float(lesson.mean(5, 4)), lesson.loss
+
+    def narrow(batch):
+        if batch.stop - batch.start > 2:
+            raise torch.OutOfMemoryError
+        return loss(batch)
+
+    monkeypatch.setattr(lesson, "loss", narrow)
+    assert float(lesson.mean(5, 4)) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(run, "divergence", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(ApiqError, match="not enough memory for the divergence"):
+        lesson.mean(5, 4)

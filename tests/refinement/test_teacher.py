@@ -43,3 +43,30 @@ def test_without_ram_the_activations_live_in_files_and_nothing_else_changes(orig
     assert [home.kind for home in homes] == ["device", "disk"]
     assert homes[-1].folder == tmp_path
     assert torch.equal(roomy.logs, tight.logs) and torch.equal(roomy.index, tight.index)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 40])
+def test_few_logits_at_a_time_give_the_same_predictions(original, windows, tmp_path, monkeypatch, tokens):
+    stream, asked = full_precision(original).stream, []
+    whole = predictions(stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None)
+    monkeypatch.setattr(teacher, "LOGITS", tokens * 61 * 4)
+    monkeypatch.setattr(teacher, "top", lambda logits, k: asked.append(logits.shape[:2].numel()) or top(logits, k))
+    found = predictions(stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None)
+    torch.testing.assert_close(found.logs, whole.logs)
+    torch.testing.assert_close(found.index, whole.index)
+    assert max(asked) <= tokens and sum(asked) == windows.numel()
+
+
+def test_the_teacher_takes_fewer_windows_where_memory_runs_out(original, windows, tmp_path, monkeypatch):
+    stream, completed = full_precision(original).stream, teacher.completed
+    whole = predictions(stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None)
+
+    def narrow(model, blocks, tokens, hidden):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError
+        return completed(model, blocks, tokens, hidden)
+
+    monkeypatch.setattr(teacher, "completed", narrow)
+    found = predictions(stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None)
+    torch.testing.assert_close(found.logs, whole.logs)
+    torch.testing.assert_close(found.index, whole.index)
