@@ -151,14 +151,22 @@ class ModelStream:
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `config` describes, on the meta device but for the buffers that no checkpoint holds."""
+    """The model that `config` describes, on the meta device but for the buffers that no checkpoint holds.
+
+    Raises:
+        ApiqError: transformers has no model for it.
+    """
     name = (config.architectures or [""])[0]
     family: Any = getattr(transformers, name, None)
     contexts = (local_torch_dtype(dtype), no_tie_weights(), torch.device("meta"), meta_device_safe_creation_ops())
     with contextlib.ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
-        model = AutoModelForCausalLM.from_config(config) if family is None else family(config)
+        try:
+            model = AutoModelForCausalLM.from_config(config) if family is None else family(config)
+        except (ValueError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+            raise ApiqError(f"no model can be made of this config.json ({config.model_type}): {reason}.") from None
     for value in model.state_dict(keep_vars=True).values():
         value._is_hf_initialized = True
     for key, buffer in list(model.named_non_persistent_buffers()):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from apiq.blocks.activations import Home
 from apiq.blocks.architecture import Blocks, find_blocks, text_model
@@ -18,6 +18,7 @@ from apiq.blocks.capture import BlockCall, capture
 from apiq.blocks.stream import skeleton
 from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
+from apiq.models import config as configs
 from apiq.models import manifest
 from apiq.models.demo import demo_config
 from apiq.params import ModelParams
@@ -79,7 +80,7 @@ def outline(model: ModelParams) -> Outline:
     if getattr(config, "quantization_config", None):
         raise ApiqError(f"{model.source} is quantized already; plan with the full-precision model.")
     storage = _storage(config)
-    made = _skeleton(config, storage)
+    made = skeleton(copy.deepcopy(config), storage)
     blocks = find_blocks(made)
     for block in blocks.modules:
         unfuse(block)
@@ -91,7 +92,7 @@ def probe(config: PretrainedConfig) -> tuple[Any, Blocks]:
 
     Enough for `apiq.blocks.capture` to learn the arguments of every block, whatever the size of the model.
     """
-    model = _skeleton(config, torch.float32)
+    model: Any = skeleton(copy.deepcopy(config), torch.float32)
     blocks, embeddings = find_blocks(model), model.get_input_embeddings()
     model.set_input_embeddings(nn.Embedding(PROBE_VOCABULARY, embeddings.embedding_dim))
     text = text_model(model)
@@ -104,14 +105,6 @@ def probe(config: PretrainedConfig) -> tuple[Any, Blocks]:
                 if buffer.device.type == "meta":
                     setattr(module, own, torch.zeros(buffer.shape, dtype=buffer.dtype))
     return model, blocks
-
-
-def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    try:
-        return skeleton(copy.deepcopy(config), dtype)
-    except (ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-        raise ApiqError(f"no model can be made of this config.json ({config.model_type}): {reason}.") from None
 
 
 def block_calls(model: Any, blocks: Blocks, length: int, device: torch.device) -> list[BlockCall]:
@@ -129,11 +122,7 @@ def read_config(model: ModelParams) -> tuple[PretrainedConfig, Path | None]:
     if model.source == "demo":
         return demo_config(model.demo), None
     folder = _folder(model.source, model.revision)
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True), folder
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-        raise ApiqError(f"{folder / 'config.json'} cannot be read: {reason}.") from None
+    return configs.read_config(folder), folder
 
 
 def _folder(source: str, revision: str | None) -> Path:
