@@ -16,7 +16,10 @@ from apiq.memory import in_parts
 from apiq.progress import Progress, Step
 from apiq.ram import free_ram
 from apiq.refinement.cache import roomy_cache
+from apiq.refinement.kept import Kept
 
+NAME = "generated"
+"""Of the windows in unfinished work."""
 AT_ONCE = 256
 """Windows that are written side by side where memory allows."""
 SHARE = 4
@@ -24,7 +27,9 @@ SHARE = 4
 
 
 @torch.no_grad()
-def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, progress: Progress) -> Tensor:
+def generated(
+    model: Any, windows: Tensor, count: int, prompt: int, seed: int, progress: Progress, kept: Kept | None = None
+) -> Tensor:
     """`count` windows (count, length) of the length of `windows` (n, length), sampled from `model` as it is.
 
     Each goes on from `prompt` tokens of one of `windows`, taken at a random place. What a quantized model says is
@@ -32,7 +37,8 @@ def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, p
     full-precision model's predictions for it need no text (LLM-QAT, arXiv 2305.17888).
 
     Each window has a generator of its own, so how many are written side by side, which is a matter of free memory,
-    changes none of them beyond what the rounding of the arithmetic does.
+    changes none of them beyond what the rounding of the arithmetic does. Batches that are in `kept` are not written
+    again, and those that are written go there.
 
     Raises:
         ApiqError: one window at a time does not fit into the memory of the device.
@@ -44,15 +50,23 @@ def generated(model: Any, windows: Tensor, count: int, prompt: int, seed: int, p
     starts = torch.randint(length - prompt + 1, (count, 1), generator=generator)
     prompts = windows[rows, starts + torch.arange(prompt)]
     seeds = torch.randint(2**62, (count,), generator=generator).tolist()
-    result = windows.new_empty(count, length)
+    found = [] if kept is None else kept.pieces(NAME)
+    begun = sum(map(len, found))
 
-    def write(batch: slice) -> None:
+    def write(part: slice) -> None:
+        batch = slice(begun + part.start, begun + part.stop)
         with dense(model, trained=False):
-            result[batch] = _sampled(model, prompts[batch].to(device), length - prompt, seeds[batch]).cpu()
+            rows = _sampled(model, prompts[batch].to(device), length - prompt, seeds[batch]).cpu()
+        if kept is not None:
+            kept.keep(NAME, batch.start, rows)
+        found.append(rows)
         progress(Step("refine", batch.stop, count, f"the quantized model writes window {batch.stop}/{count}"))
 
-    in_parts(count, _at_once(model, length, device), write, "the generation of windows")
-    return result
+    size = _at_once(model, length, device)
+    if found:
+        size = min(size, len(found[-1]))  # the batches of a run that was not stopped
+    in_parts(count - begun, size, write, "the generation of windows")
+    return torch.cat(found)
 
 
 def _at_once(model: Any, length: int, device: torch.device) -> int:

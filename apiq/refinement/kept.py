@@ -13,15 +13,24 @@ from torch import Tensor
 
 from apiq.blocks.store import replacing
 from apiq.errors import ApiqError
+from apiq.files import read_json, write_json
+from apiq.meter import Meter
 
 STATE = "descent.pt"
+SPENT = "spent.json"
 
 
 class Kept:
-    """Tensors that are made once, and the state of the descent after its last finished pass."""
+    """Tensors that are made once, the state of the descent after its last finished pass, and the time all this took."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, meter: Meter):
+        self.folder, self._meter = folder, meter
+        self._before = read_json(folder / SPENT) if (folder / SPENT).exists() else {}
+
+    def cost(self) -> dict[str, float]:
+        """The reading of the meter, with the seconds of stopped processes up to what they kept last."""
+        now = self._meter.reading()
+        return {**now, **{key: round(now[key] + self._before.get(key, 0.0), 3) for key in ("seconds", "cpu_seconds")}}
 
     def once(self, name: str, make: Callable[[], Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
         """What `make` gives, without what is None; made and written the first time, read after that."""
@@ -30,7 +39,18 @@ class Kept:
             tensors = {key: value.contiguous() for key, value in make().items() if value is not None}
             with replacing(path) as temporary:
                 save_file(tensors, temporary)
+            self._note_cost()
         return load_file(path)
+
+    def pieces(self, name: str) -> list[Tensor]:
+        """The rows that were kept under `name`, piece by piece in their order."""
+        return [load_file(path)["rows"] for path in sorted(self.folder.glob(f"{name}-*.safetensors"))]
+
+    def keep(self, name: str, start: int, rows: Tensor) -> None:
+        """Write the piece of `name` whose first row is number `start` of all."""
+        with replacing(self.folder / f"{name}-{start:09d}.safetensors") as temporary:
+            save_file({"rows": rows.contiguous()}, temporary)
+        self._note_cost()
 
     def load(self) -> dict[str, Any] | None:
         """The state of the descent, or None before its first pass has ended.
@@ -52,3 +72,8 @@ class Kept:
         """Replace the state of the descent."""
         with replacing(self.folder / STATE) as temporary:
             torch.save(state, temporary)
+        self._note_cost()
+
+    def _note_cost(self) -> None:
+        cost = self.cost()
+        write_json(self.folder / SPENT, {key: cost[key] for key in ("seconds", "cpu_seconds")})

@@ -49,11 +49,12 @@ def refine(
 
     Minimised is the mean over all positions of KL(p || q), with p of the full-precision and q of the quantized
     model, on `windows` (n, length) and on windows that the quantized model writes. Codes and zero points stay. A
-    run that was stopped is taken up after its last finished pass by the same call.
+    run that was stopped is taken up after its last finished pass, or batch of written windows, by the same call.
 
     Returns:
         `loss_first` and `loss_last`, the divergence on `windows` in nats before and after; `windows` and
-        `generated`, how many there were; and what the run cost: `seconds`, `cpu_seconds`, `peak_memory_mb`.
+        `generated`, how many there were; and what the run cost: `seconds` and `cpu_seconds`, with those of stopped
+        processes whose work was taken up, and `peak_memory_mb` of this one.
 
     Raises:
         ApiqError: `original` is not the model that `folder` was made from, the windows do not fit, a file is
@@ -72,11 +73,9 @@ def refine(
     loaded = load(folder, dtype=params.dtype, device=params.device, trainable=True)
     refuse(loaded.model, windows)
     loaded.model.eval()
-    identity = {"refine": params.model_dump(), "files": facts["files"], "code": code_version(),
-                "windows": fingerprint({"windows": windows.tolist()})}  # fmt: skip
-    with alone(work_folder(identity)) as work:
-        kept = Kept(work)
-        everything = kept.once("windows", lambda: _everything(loaded.model, windows, params, progress))["windows"]
+    with alone(work_folder(_identity(params, facts, windows))) as work:
+        kept = Kept(work, meter)
+        everything = _everything(loaded.model, windows, params, progress, kept)
         told = kept.once(
             "predictions",
             lambda: vars(predictions(source.stream, everything, params.top_k, device, compute, kept.folder, progress)),
@@ -93,15 +92,26 @@ def refine(
                   "generated": len(everything) - len(windows)}  # fmt: skip
         _write(folder, Path(out), trained, facts, params, trace, result)
         shutil.rmtree(work)
-    return {**result, **meter.reading(), "out": str(out)}
+    return {**result, **kept.cost(), "out": str(out)}
 
 
-def _everything(model: Any, windows: Tensor, params: RefineParams, progress: Progress) -> dict[str, Tensor]:
+def _identity(params: RefineParams, facts: dict[str, Any], windows: Tensor) -> dict[str, Any]:
+    return {
+        "refine": params.model_dump(),
+        "files": facts["files"],
+        "windows": fingerprint({"windows": windows.tolist()}),
+        "code": code_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _everything(model: Any, windows: Tensor, params: RefineParams, progress: Progress, kept: Kept) -> Tensor:
     """Calibration windows, then generated ones."""
     if not params.generated:
-        return {"windows": windows}
-    own = generated(model, windows, params.generated * len(windows), params.prompt, params.seed, progress)
-    return {"windows": torch.cat([windows, own])}
+        return windows
+    own = generated(model, windows, params.generated * len(windows), params.prompt, params.seed, progress, kept)
+    return torch.cat([windows, own])
 
 
 class _Lesson:

@@ -5,6 +5,7 @@ import torch
 
 from apiq.checkpoint.loading import load
 from apiq.errors import ApiqError
+from apiq.meter import Meter
 from apiq.params import RefineParams
 from apiq.refinement import run
 from apiq.refinement.divergence import top
@@ -34,7 +35,7 @@ def test_gradients_of_a_small_loss_survive_float16(make, near, monkeypatch, tmp_
     for name in ("float32", "float16"):
         trained = Trained(load(make(), dtype=name, trainable=True).model.eval(), False)
         lesson = run._Lesson(trained, many(), near, CPU, getattr(torch, name))
-        lesson.learn(RefineParams(batch_size=1024), Kept(tmp_path), lambda step: None)
+        lesson.learn(RefineParams(batch_size=1024), Kept(tmp_path, Meter()), lambda step: None)
         loss, _ = objectives[-1].loss_of(slice(0, 1024))
         assert loss.item() < 0.001
         factor = objectives[-1].scale or 1.0

@@ -18,6 +18,7 @@ from apiq.checkpoint.loading import load
 from apiq.checkpoint.original import find
 from apiq.errors import ApiqError
 from apiq.params import RefineParams
+from apiq.refinement import generation
 from apiq.refinement.generation import generated
 from apiq.refinement.run import refine
 
@@ -113,6 +114,58 @@ def test_stopped_and_taken_up_it_ends_in_the_same_bytes(make, original, windows,
     assert content(stopped) == content(whole)
 
 
+@pytest.mark.parametrize("last", [2, 4])
+def test_stopped_while_it_writes_it_keeps_the_batches_and_ends_in_the_same_bytes(
+    make, original, windows, tmp_path, work, monkeypatch, last
+):
+    monkeypatch.setattr(generation, "_at_once", lambda *_: 2)
+    chosen = settings(epochs=1)
+    refine(make(), original, windows, chosen, tmp_path / "whole")
+
+    def stop(step):
+        if step.detail == f"the quantized model writes window {last}/6":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        refine(make(), original, windows, chosen, tmp_path / "stopped", stop)
+    assert len(list(work.glob("*/generated-*"))) == last / 2
+    monkeypatch.setattr(generation, "_at_once", lambda *_: 8)  # more memory by then
+    steps = []
+    refine(make(), original, windows, chosen, tmp_path / "stopped", steps.append)
+    written = [step.done for step in steps if "writes" in step.detail]
+    assert written == list(range(last + 2, 7, 2))
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def stopped_after_a_pass(make, original, windows, out):
+    def stop(step):
+        if step.loss is not None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        refine(make(), original, windows, settings(epochs=2, generated=0), out, stop)
+
+
+def test_the_seconds_of_stopped_processes_count(make, original, windows, tmp_path, work):
+    stopped_after_a_pass(make, original, windows, tmp_path / "out")
+    (path,) = work.glob("*/spent.json")
+    spent = json.loads(path.read_text())
+    assert spent["cpu_seconds"] > 0 and 0 < spent["seconds"] < 1000
+    path.write_text(json.dumps({"seconds": 5000, "cpu_seconds": 7000}))
+    found = refine(make(), original, windows, settings(epochs=2, generated=0), tmp_path / "out")
+    assert 5000 < found["seconds"] < 6000 and 7000 < found["cpu_seconds"] < 8000
+
+
+@pytest.mark.parametrize("where, value", [("__version__", "0.0.1"), ("get_num_threads", lambda: 77)])
+def test_another_torch_or_number_of_threads_does_not_take_it_up(
+    make, original, windows, tmp_path, work, monkeypatch, where, value
+):
+    stopped_after_a_pass(make, original, windows, tmp_path / "out")
+    monkeypatch.setattr(torch, where, value)
+    stopped_after_a_pass(make, original, windows, tmp_path / "out")
+    assert len(list(work.iterdir())) == 2
+
+
 def test_stopped_without_ram_it_leaves_no_activations_and_ends_in_the_same_bytes(
     make, original, windows, tmp_path, work, monkeypatch
 ):
@@ -126,7 +179,7 @@ def test_stopped_without_ram_it_leaves_no_activations_and_ends_in_the_same_bytes
 
     with pytest.raises(Stopped):
         refine(make(), original, windows, chosen, tmp_path / "tight", stop)
-    assert [path.name for path in sorted(work.glob("*/*"))] == [".lock", "windows.safetensors"]
+    assert [path.name for path in sorted(work.glob("*/*"))] == [".lock"]
     refine(make(), original, windows, chosen, tmp_path / "tight")
     assert not list(work.iterdir())
     assert content(tmp_path / "tight") == content(tmp_path / "roomy")
