@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from apiq import parallel
@@ -60,7 +62,8 @@ def never_reached(counts: Mapping[str, int], device: torch.device) -> list[str]:
 def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[list[str]]:
     """The names of the linears in the order in which the block calls them; those fed the same tensor stand together.
 
-    As many windows are run as it takes until each was called; a linear that never is comes last.
+    As many windows are run as it takes until each was called; a linear that never is comes last. Experts are called in
+    an order that depends on the windows: processes agree on that of the first, then what only the others call.
     """
     assert problem.X is not None
     order: list[list[str]] = []
@@ -83,7 +86,23 @@ def input_order(problem: Problem, originals: Mapping[str, nn.Module]) -> list[li
             problem.run(problem.X[window], window)
             if len(met) == len(originals):
                 break
-    return order + [[name] for name in originals if name not in met]
+    order = _agreed(order)
+    known = {name for names in order for name in names}
+    return order + [[name] for name in originals if name not in known]
+
+
+def _agreed(order: list[list[str]]) -> list[list[str]]:
+    """The orders of all processes, one behind the other, each without what stands before it."""
+    if parallel.size() == 1:
+        return order
+    orders: list[list[list[str]]] = [[] for _ in range(parallel.size())]
+    dist.all_gather_object(orders, order)
+    agreed: list[list[str]] = []
+    known: set[str] = set()
+    for names in itertools.chain.from_iterable(orders):
+        agreed.append([name for name in names if name not in known])
+        known.update(names)
+    return [names for names in agreed if names]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from apiq import parallel
 from apiq.blocks.capture import PADDING
@@ -54,6 +55,26 @@ def test_two_processes_equal_one(original, windows, tmp_path, work, padded):
         torch.testing.assert_close(two.A, one.A, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(two.B, one.B, rtol=1e-4, atol=1e-5)
     assert not list(Path(work).iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_at_a_mixture_of_experts(tmp_path, work):
+    """Each meets experts in an order of its own, and each meets some that the other does not."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_experts=16,
+        num_experts_per_tok=2, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "original")
+    windows = torch.randint(0, 61, (4, 4), generator=torch.Generator().manual_seed(0))
+    params = {"group_size": 16, "rank": 4, "epochs": 1, "batch_size": 2}
+    facts = {"model": str(tmp_path / "original"), "windows": windows.tolist(), "params": {**params, "device": "cpu"}}
+    alone = run(1, **facts, out=str(tmp_path / "alone"))
+    together = run(2, **facts, out=str(tmp_path / "together"))
+    for one, two in zip(alone, together, strict=True):
+        assert two["loss_first"] == pytest.approx(one["loss_first"], rel=1e-5)
+        assert two["loss_last"] == pytest.approx(one["loss_last"], rel=1e-5)
 
 
 def test_windows_are_divided_within_every_batch(monkeypatch):

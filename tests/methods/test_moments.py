@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apiq import parallel
 from apiq.blocks.activations import Activations, Home
 from apiq.blocks.capture import BlockCall
-from apiq.methods.inputs import inputs
+from apiq.methods.inputs import input_order, inputs
 from apiq.methods.moments import damped, in_order, moments, settle
 
 
@@ -108,6 +109,19 @@ def test_an_expert_sees_its_own_tokens_and_one_without_any_sees_zero(problem):
         assert torch.equal(found[f"experts.{number}"].M, found[f"experts.{number}"].G)
     assert not found["experts.2"].G.any()
     assert torch.equal(damped(found["experts.2"].G, 0.01), torch.eye(4))
+
+
+def test_processes_agree_on_an_order_in_which_no_expert_is_lost(problem, monkeypatch):
+    """This process meets expert 1, the other one 0; none meets 2."""
+    problem.block, problem.call = Routed().requires_grad_(False), BlockCall()
+    problem.X = Activations(-torch.rand(1, 5, 4), Home("device", torch.device("cpu")))
+
+    def gather(orders, order):
+        orders[:] = [order, [["experts.0"]]]
+
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert input_order(problem, problem.linears()) == [["experts.1"], ["experts.0"], ["experts.2"]]
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal():
