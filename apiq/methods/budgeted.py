@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -67,14 +68,17 @@ class Budgeted:
         """
         offers: dict[str, list[Candidate]] = {}
         whole_shapes: dict[str, tuple[int, int]] = {}
+        importance: dict[str, float] = {}
         for index, block, squares in self._blocks(whole):
             carriers = targets(self.params, shapes(linears(block)), strict=False) if self.adapted else ()
             for name, linear in linears(block).items():
                 W = linear.weight.detach().float()
                 weights = separated(squares[name]) if name in squares else alike(W)
+                importance[f"{index}.{name}"] = float(weights.importance)
+                weights = weights if weights.importance else alike(W)
                 offers[f"{index}.{name}"] = candidates(W, weights, self.params, name in carriers)
                 whole_shapes[f"{index}.{name}"] = (linear.out_features, linear.in_features)
-        chosen = divided(offers, self.params, whole_shapes)
+        chosen = divided(floored(offers, importance), self.params, whole_shapes)
         found = {f"choice.{name}": torch.tensor(number) for name, number in chosen.items()}
         if isinstance(self.method, Surveyor):
             found |= {f"method.{key}": value for key, value in self.method.survey(whole).items()}
@@ -128,6 +132,18 @@ def candidates(W: Tensor, weights: Weights, params: QuantizeParams, carries: boo
     A, B = weighted(W, torch.zeros_like(W), weights.rows, weights.columns, max(ranks))
     found = [cost for rank in ranks for cost in costs(W - B[:, :rank] @ A[:, :rank].t())]
     return offered(W.shape, params, found, carries)
+
+
+def floored(offers: Mapping[str, list[Candidate]], importance: Mapping[str, float]) -> dict[str, list[Candidate]]:
+    """The offers of all linears, where those of importance 0 come with the costs of 1: they get the least other one.
+
+    Such are experts that no calibration token reaches: with costs of 0 they would take the fewest bits.
+    """
+    least = min((value for value in importance.values() if value), default=1.0)
+    return {
+        name: offer if importance[name] else [replace(each, cost=least * each.cost) for each in offer]
+        for name, offer in offers.items()
+    }
 
 
 def offered(shape: tuple[int, ...], params: QuantizeParams, costs: Iterable[float], carries: bool) -> list[Candidate]:

@@ -4,10 +4,16 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from apiq.methods import build
 from apiq.methods.budget import GAP, BudgetTooSmall, Candidate, allocate
+from apiq.methods.budgeted import Budgeted, candidate_grids
+from apiq.methods.grid import packed_bits
+from apiq.params import QuantizeParams
 
 KINDS = (0, 0, 1)
 CANDIDATES = st.tuples(
@@ -117,3 +123,18 @@ def test_hundreds_of_linears_are_divided_at_once():
     assert uniform[0] < size <= 448 * 2750
     assert size > 0.999 * 448 * 2750
     assert cost < 0.5 * uniform[1]
+
+
+def test_a_linear_without_importance_counts_like_the_least_important_one(monkeypatch):
+    """As an expert that no calibration token reaches: it may be reached later."""
+    block = nn.ModuleDict({name: nn.Linear(32, 32, bias=False) for name in ("least", "more", "unreached")})
+    importance = {"least": 1e-6, "more": 1e-3, "unreached": 0.0}
+    squares = {name: torch.full((32, 32), value) for name, value in importance.items()}
+    for name in ("more", "unreached"):
+        block[name].weight.data = block["least"].weight.data
+    monkeypatch.setattr(Budgeted, "_blocks", lambda self, whole: iter([(0, block, squares)]))
+    offer = {"candidate_bits": [2, 3, 4], "candidate_group_sizes": [16]}
+    sizes = [packed_bits((32, 32), grid) / 32**2 for grid in candidate_grids(QuantizeParams(target_bits=4.0, **offer))]
+    params = QuantizeParams(method="rtn", target_bits=(2 * sizes[1] + sizes[2]) / 3 + 1e-6, **offer)
+    found = build(params).survey(None)
+    assert {name: int(found[f"choice.0.{name}"]) for name in block} == {"least": 1, "more": 2, "unreached": 1}
