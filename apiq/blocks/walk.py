@@ -11,6 +11,7 @@ The error of the earlier blocks is in Xq, so every block also undoes what it can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,7 @@ class Walk:
             return None, None
         Xq = problem.Xq.mapped(problem.run, self.params.batch_size)
         error = mean_squared_error(lambda batch: Xq[batch], problem.targets, self.params.batch_size, problem.counted)
-        if error != error:
+        if not math.isfinite(error):
             raise ApiqError(
                 f"the output of the quantized block {problem.index} is not finite; set quantize.dtype to float32."
             )
@@ -169,10 +170,12 @@ class Walk:
             "name": name,
             "shapes": shapes(block, name),
             "grids": {f"{index}.{linear}": described(packed.grid) for linear, packed in solution.linears.items()},
-            "loss_first": last if solution.start is None else solution.start,
+            "loss_first": last if solution.start is None else _known(solution.start),
             "loss_last": last,
             "unreached": [f"{name}.{each}" for each in solution.unreached],
-            "curves": [{"name": curve.name, "losses": curve.losses} for curve in solution.curves],
+            "curves": [
+                {"name": curve.name, "losses": [_known(loss) for loss in curve.losses]} for curve in solution.curves
+            ],
         }
         self.store.finish(record, self.cpu_clock())
         count = len(self.stream.blocks.modules)
@@ -205,6 +208,11 @@ def deploy(block: nn.Module, solution: Solution, params: QuantizeParams, storage
     adapters = {name: stored(value, storage) for name, value in solution.adapters.items()}
     Adapters(block, params, linear_shapes(solution.linears), seed=0, ranks=ranks_of(adapters, params)).load(adapters)
     return adapters
+
+
+def _known(loss: float) -> float | None:
+    """A loss as JSON holds it: None where windows held out, or the start, gave one that is not finite."""
+    return loss if math.isfinite(loss) else None
 
 
 def _seed(seed: int, index: int) -> int:
