@@ -219,4 +219,9 @@ def _write_losses(store: BlockStore, path: Path) -> None:
         rows.writerow(["block", "name", "epoch", "loss"])
         for index, record in enumerate(store.records):
             for curve in record["curves"]:
-                rows.writerows([index, curve["name"], epoch, repr(loss)] for epoch, loss in enumerate(curve["losses"]))
+                rows.writerows([index, curve["name"], epoch, _cell(loss)] for epoch, loss in enumerate(curve["losses"]))
+
+
+def _cell(loss: float | None) -> str:
+    """A loss, or nothing for one that was not finite."""
+    return "" if loss is None else repr(loss)

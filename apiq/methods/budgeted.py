@@ -32,6 +32,10 @@ TIED = re.compile(r"(?P<parent>.*?)(?P<name>(?P<attention>[qkv]_proj|query|key|v
 """Linears that serving engines fuse into one, so that they must have one grid: query, key, value; gate, up."""
 
 
+SHORT = 0.02
+"""Bits a weight by which the largest candidates may stay below the budget."""
+
+
 class Choice(NamedTuple):
     """What a linear may become under a budget."""
 
@@ -172,10 +176,16 @@ def divided(offers: Mapping[str, Sequence[Candidate]], params: QuantizeParams, s
     `rank` everywhere.
 
     Raises:
-        ApiqError: the smallest candidates take more.
+        ApiqError: the smallest candidates take more, or the largest clearly less.
     """
     target = math.inf if params.target_bits is None else params.target_bits
     weights = sum(math.prod(shape) for shape in shapes.values())
+    most = sum(max(candidate.size for candidate in offer) for offer in offers.values()) / weights
+    if params.target_bits is not None and most < target - SHORT:
+        raise ApiqError(
+            f"quantize.target_bits is {target}, but the largest candidates take {most:.4g} bits a weight; lower it, or "
+            "add more bits or smaller groups to candidate_bits and candidate_group_sizes."
+        )
     carriers = [shapes[name] for name, offer in offers.items() if offer[0].adapter]
     room = params.rank * sum(sum(shape) for shape in carriers)
     try:

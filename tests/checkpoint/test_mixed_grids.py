@@ -98,6 +98,12 @@ def test_a_target_below_the_smallest_grid_is_refused(make):
         make(target_bits=1.5)
 
 
+def test_a_target_beyond_the_largest_grid_is_refused(make):
+    told = r"target_bits is 7\.5, but the largest candidates take [\d.]+ bits a weight; lower it, or add more bits"
+    with pytest.raises(ApiqError, match=told):
+        make(method="rtn", target_bits=7.5, sensitivity="none")
+
+
 def test_sensitivities_need_windows(original, tmp_path, work):
     from apiq.quantization import quantize
 
