@@ -21,8 +21,8 @@ def halved(size: int, what: str) -> int:
     """
     if size == 1:
         raise OutOfMemory(
-            f"the device has not enough memory for {what} with one calibration window; make calibration.length "
-            "shorter, take quantize.method apiq-lw, or set quantize.device to one with more memory."
+            f"the device has not enough memory for {what} with one window; make calibration.length shorter, compute on "
+            "a device with more memory, or, in quantize, take method apiq-lw."
         )
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

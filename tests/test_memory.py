@@ -24,7 +24,7 @@ def test_one_that_does_not_fit_is_refused():
     def do(part):
         raise torch.OutOfMemoryError
 
-    with pytest.raises(ApiqError, match="not enough memory for a cake with one calibration window"):
+    with pytest.raises(ApiqError, match="not enough memory for a cake with one window"):
         in_parts(5, 4, do, "a cake")
 
 
