@@ -64,7 +64,9 @@ class BlockCall:
                 return Repeated(move(value.values))
             if not isinstance(value, Tensor):
                 return value
-            return known.setdefault(id(value), value.to(device))
+            if id(value) not in known:
+                known[id(value)] = value.to(device)
+            return known[id(value)]
 
         return BlockCall(each(self.args, move), each(self.kwargs, move))
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from apiq.blocks.activations import Activations, Home, batches, mean_squared_error
 from apiq.blocks.architecture import KEPT, find_blocks, linears, replace, text_model
+from apiq.blocks.arguments import BlockCall, Repeated
 from apiq.blocks.capture import PADDING, capture, completed
 from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
@@ -121,6 +122,15 @@ def test_capture_leaves_the_model_as_it_was():
     before = model(windows).logits
     capture(model, find_blocks(model).modules, windows, torch.float32, lambda shape: HOME)
     assert torch.equal(model(windows).logits, before)
+
+
+def test_what_all_blocks_share_is_moved_once(monkeypatch):
+    shared, known, moves = torch.ones(1, 4), {}, []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *given: moves.append(given) or original(self, *given))
+    calls = [BlockCall((shared,), {"mask": Repeated(shared)}).moved(torch.device("meta"), known) for _ in range(3)]
+    assert len(moves) == 1
+    assert all(call.args[0] is call.kwargs["mask"].values is calls[0].args[0] for call in calls)
 
 
 def test_a_model_without_blocks_is_refused_with_what_was_looked_for():
