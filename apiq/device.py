@@ -8,6 +8,9 @@ import torch
 
 from apiq.errors import ApiqError
 
+SMALL_BLOCK = 2**22
+"""Weights of a block up to which the number of its operations takes the time, not its products: `apiq.layers.joint`."""
+
 
 def pick_device(name: str) -> torch.device:
     """The device that `name` (auto, cpu, cuda, cuda:N, mps) stands for here.
@@ -37,9 +40,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def solver_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The same for the fitting of blocks, where auto is bfloat16 also on a CPU that multiplies it itself."""
-    if name == "auto" and device.type == "cpu" and multiplies_bfloat16():
+def solver_dtype(name: str, device: torch.device, weights: int) -> torch.dtype:
+    """The same for the fitting of blocks of so many weights in linears.
+
+    auto is bfloat16 also on a CPU that multiplies it itself, but for a small block, which is fitted faster in float32.
+    """
+    if name == "auto" and device.type == "cpu" and weights > SMALL_BLOCK and multiplies_bfloat16():
         return torch.bfloat16
     return pick_dtype(name, device)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from apiq import parallel
 from apiq.adapters.configuration import model_config, resolved
 from apiq.adapters.injection import model_state, ranks_of
-from apiq.adapters.targets import Shapes, shapes
+from apiq.adapters.targets import Shapes, largest, shapes
 from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears
 from apiq.blocks.store import BlockStore
@@ -62,10 +62,11 @@ def quantize(
     method = build(params)
     _check_windows(windows, params, method.calibrated)
     own, part = (None, params.batch_size) if windows is None else parallel.share(windows, params.batch_size)
-    compute = solver_dtype(params.dtype, device)
-    original = full_precision(source, torch.float32 if compute == torch.float32 else None)
-    blocks = original.stream.blocks
-    found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in blocks.modules]
+    original = full_precision(source)
+    found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in original.stream.blocks.modules]
+    compute = solver_dtype(params.dtype, device, largest(found))
+    if compute == torch.float32:
+        original = full_precision(source, torch.float32)
     union = {name: shape for block in found for name, shape in block.items()}
     _check_fit(original, windows)
     spelled = resolved(params, found) if method.adapted else params

@@ -117,7 +117,8 @@ class QuantizeParams(Section):
     """Add the second loss term of the authors' code, which is not in the paper (apiq-bw only):
     the full-precision block on the quantized input is a second target."""
     dtype: DType = "auto"
-    """Arithmetic of the solver: auto is bfloat16 autocast on a GPU, and on a CPU that multiplies it; else float32."""
+    """Arithmetic of the solver: auto is bfloat16 autocast on a GPU, and on a CPU that multiplies it where blocks have
+    more than 4 million weights; else float32."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     activations: Literal["auto", "device", "memory", "disk"] = "auto"

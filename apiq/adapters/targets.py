@@ -22,6 +22,11 @@ def shapes(linears: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
+def largest(blocks: Iterable[Shapes]) -> int:
+    """The number of weights in linears of the block that has most of them."""
+    return max(sum(out * columns for out, columns in block.values()) for block in blocks)
+
+
 def select(linears: Shapes, chosen: Iterable[str], strict: bool = True) -> list[str]:
     """The names of the linears of a block that `chosen` asks for, in the order of the block.
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from rich.filesize import decimal
 
-from apiq.device import pick_device, solver_dtype
+from apiq.device import SMALL_BLOCK, pick_device, solver_dtype
 from apiq.doctor.finding import Finding
 from apiq.planning.machine import standing
 from apiq.ram import free_ram, whole_ram
@@ -32,7 +32,7 @@ def check(folder: Path) -> Iterator[Finding]:
     if device.type == "cuda":
         yield _gpu(device)
     rates = matmul_rate(torch.float32, device), matmul_rate(torch.bfloat16, device)
-    yield precisions(*rates, str(device), solver_dtype("auto", device))
+    yield precisions(*rates, str(device), solver_dtype("auto", device, SMALL_BLOCK + 1))
     yield _compiler()
     yield _ram()
     work = Path(os.environ.get("APIQ_WORK") or folder / ".apiq_work")

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from apiq.device import SMALL_BLOCK
 from apiq.grids import sweeps
 from apiq.grids.affine import Grid, clipped, clipped_gradient, grouped
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.layers.product import autocast_is_on
-
-LIMIT = 2**22
-"""Weights of a block that is small: its Q and their gradients, 16 MB each, are held at once."""
 
 
 @contextlib.contextmanager
@@ -69,7 +67,7 @@ def jointly(block: nn.Module) -> Iterator[None]:
 
 def _is_small(fakes: list[FakeQuantLinear]) -> bool:
     total = sum(fake.full_weight.numel() for fake in fakes)
-    return 0 < total <= LIMIT and all(fake.full_weight.dtype == torch.float32 for fake in fakes)
+    return 0 < total <= SMALL_BLOCK and all(fake.full_weight.dtype == torch.float32 for fake in fakes)
 
 
 def is_plain(layer: lora.Linear) -> bool:

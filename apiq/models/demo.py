@@ -42,18 +42,15 @@ def train_demo(params: DemoModel, out: str | Path, progress: Progress = silent) 
     tokenizer = train_tokenizer([train.text], params.vocab_size, params.context)
     tokens = tokenize(train.text, tokenizer)
     windows = consecutive_windows(tokenize(held_out.text, tokenizer), 0, params.context)
-    dtype = torch.bfloat16 if _computes_bfloat16() else torch.float32
     with _threads(THREADS), borrowed(params.seed):
         model = LlamaForCausalLM(demo_config(params))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            fit(model, tokens, params, progress)
+        fit(model, tokens, params, progress)
         loss = math.log(perplexity(model, windows, params.batch_size))
     training = {
         "parameters": model.num_parameters(),
         "corpus": {"origin": train.origin, "sha256": train.sha256, "tokens": len(tokens)},
         "held_out": {"origin": held_out.origin, "sha256": held_out.sha256, "windows": len(windows)},
         "held_out_loss": loss,
-        "arithmetic": str(dtype).removeprefix("torch."),
     }
     facts = {
         "source": "demo",
@@ -127,11 +124,6 @@ def demo_config(params: DemoModel) -> LlamaConfig:
         eos_token_id=SPECIAL.index(EOS),
         pad_token_id=SPECIAL.index(PAD),
     )
-
-
-def _computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself: 5 times as fast as float32 then, and 50 times as slow otherwise."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 @contextlib.contextmanager

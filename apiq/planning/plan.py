@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apiq.adapters.configuration import resolved
+from apiq.adapters.targets import largest
 from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.architecture import linears
@@ -69,7 +70,8 @@ def _setting(params: Params, out: Path) -> Setting:
     params = _fitting(params, shapes)
     quantize, tune = params.quantize, params.finetune
     device, tuning_device = pick_device(quantize.device), pick_device(tune.device)
-    compute, tuning_dtype = solver_dtype(quantize.dtype, device), pick_dtype(tune.dtype, tuning_device)
+    weights = largest([linear_shapes(linears(block)) for block, _ in shapes.kinds()])
+    compute, tuning_dtype = solver_dtype(quantize.dtype, device, weights), pick_dtype(tune.dtype, tuning_device)
     block = max((block for block, _ in shapes.kinds()), key=lambda b: sum(p.numel() for p in b.parameters()))
     packed = packed_block(block, quantize, shapes.storage)
     shape = (min(quantize.batch_size, params.calibration.windows), params.calibration.length, shapes.width)

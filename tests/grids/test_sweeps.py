@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apiq.grids import sweeps
+from apiq.grids import compiled, sweeps
 from apiq.grids.affine import Grid, decode, encode, extrema, grouped, scale_and_zero
 from apiq.grids.levels import TERNARY
 
@@ -18,6 +18,11 @@ def case(shape, grid, seed=0):
     low, high = extrema(W, grid)
     s, z = scale_and_zero(0.7 * low, 0.8 * high, grid)
     return W, s, z, torch.randn(shape, generator=generator)
+
+
+def swept(dtype, grad, *rest):
+    """Q and the gradients of s and W."""
+    return sweeps.dequantized(*rest, dtype), sweeps.scale_gradient(grad, *rest), sweeps.weight_gradient(grad, *rest)
 
 
 @given(
@@ -58,11 +63,46 @@ def test_half_precision_rounds_the_weight_of_float32(dtype, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [False, "balanced"])
-@pytest.mark.parametrize("name", ["_dequantized", "_scale_gradient"])
-def test_the_functions_that_are_compiled_for_a_gpu_are_one_graph_with_the_same_result(name, symmetric):
-    function = getattr(sweeps, name)
-    W, s, z, grad = case((6, 96), Grid(2, 32, symmetric))
-    parts = [V.view(6, 3, 32) for V in ((W,) if name == "_dequantized" else (grad, W))]
-    operands = (*parts, s[..., None], z[..., None], 3, symmetric == "balanced")
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
-    assert torch.equal(compiled(*operands), function(*operands))
+@pytest.mark.parametrize("width", [32, 40])
+def test_what_is_compiled_is_one_graph_with_the_same_result(width, symmetric, monkeypatch):
+    """The last group of 40 is short, so nothing is compiled there."""
+    W, s, z, grad = case((6, 96), Grid(2, width, symmetric))
+    rest = (s, z, 3, symmetric == "balanced", width)
+    made = []
+
+    def compiling(function):
+        made.append(function)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    plain = swept(torch.float32, grad, W, *rest)
+    monkeypatch.setattr(compiled, "_compiled", compiling)
+    with compiled.many(compiled.MANY):
+        again = swept(torch.float32, grad, W, *rest)
+    assert len(made) == (3 if width == 32 else 0)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_little_work_or_no_compiler_means_that_nothing_is_compiled(monkeypatch):
+    W = torch.ones(2, 2)
+    with compiled.many(compiled.MANY - 1):
+        assert not compiled.pays(W)
+    with compiled.many(compiled.MANY):
+        assert compiled.pays(W)
+        with compiled.many(0):
+            assert not compiled.pays(W)
+        assert compiled.pays(W)
+    monkeypatch.setattr(compiled, "_has_cpp_compiler", lambda: False)
+    with compiled.many(compiled.MANY):
+        assert not compiled.pays(W)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiler_of_this_machine_makes_the_same_weight_and_sums_to_rounding(dtype):
+    W, s, z, grad = case((96, 1024), Grid(2, 64, False))
+    W, grad, rest = W.to(dtype), grad.to(dtype), (s, z, 3, False, 64)
+    plain = swept(dtype, grad, W, *rest)
+    with compiled.many(compiled.MANY):
+        again = swept(dtype, grad, W, *rest)
+    assert torch.equal(plain[0], again[0]) and torch.equal(plain[2], again[2])
+    torch.testing.assert_close(again[1], plain[1], rtol=1e-5, atol=1e-5)

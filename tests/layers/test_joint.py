@@ -110,7 +110,7 @@ def test_half_precision_and_large_blocks_are_left_to_the_linears_themselves(monk
         alone = block(x)
         with jointly(block):
             assert torch.equal(block(x), alone)
-    monkeypatch.setattr(joint, "LIMIT", 1)
+    monkeypatch.setattr(joint, "SMALL_BLOCK", 1)
     copied = copy.deepcopy(block)
     with jointly(block):
         assert [type(m) for m in block.modules()] == [type(m) for m in copied.modules()]

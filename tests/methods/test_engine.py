@@ -52,9 +52,9 @@ def make(outlier=0.0, autocast=contextlib.nullcontext):
 
 
 @pytest.mark.parametrize("group", [0, 16, 43])
-@pytest.mark.parametrize("limit", [0, joint.LIMIT])
+@pytest.mark.parametrize("limit", [0, joint.SMALL_BLOCK])
 def test_gradients_are_those_of_algorithm_1_written_down_for_autograd(group, limit, monkeypatch):
-    monkeypatch.setattr(joint, "LIMIT", limit)
+    monkeypatch.setattr(joint, "SMALL_BLOCK", limit)
     problem = make()
     Fit(problem, settings(group_size=group))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_every_option_gives_the_same_bits_again_and_keeps_the_best_state(method)
 def test_blocks_computed_jointly_and_apart_end_in_the_same_state(monkeypatch):
     params = settings(epochs=2)
     together = build(params).solve(make())
-    monkeypatch.setattr(joint, "LIMIT", 0)
+    monkeypatch.setattr(joint, "SMALL_BLOCK", 0)
     apart = build(params).solve(copy.copy(make()))
     for name, value in apart.adapters.items():
         torch.testing.assert_close(together.adapters[name], value, rtol=1e-3, atol=1e-4)
