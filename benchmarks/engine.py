@@ -4,7 +4,7 @@
     python -m benchmarks.engine --device cuda --width 4096 8192 --tokens 2048 --dtypes bfloat16 float32
 
 Four things take turns in one process, on the same block, windows and adapters; their fastest round counts:
-- `engine`: a step as `apiq quantize` makes it, forward, backward and AdamW;
+- `engine`: a step as `apiq quantize` makes it where many are to come, forward, backward and AdamW;
 - `reference`: the same step of the transcription in benchmarks/reference.py;
 - `floor`: forward and backward of the same block with plain trainable linears, no quantizer, adapter or optimizer;
 - `forward`: forward of that block without gradients.
@@ -31,6 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from apiq.blocks.activations import Activations, Home
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
+from apiq.grids.compiled import MANY, many
 from apiq.layers.joint import jointly
 from apiq.methods.fitting import Fit, Turn
 from apiq.methods.flat import Group, Optimizer
@@ -77,7 +78,7 @@ def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, r
         "floor": plain_step(problem, plain),
         "forward": forward_pass(problem, plain),
     }
-    with jointly(problem.block):
+    with jointly(problem.block), many(MANY):
         time = fastest(steps, device, rounds)
         memory = {name: extra_memory(step, device) for name, step in steps.items()}
     row: dict[str, Any] = {

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 MANY = 2**32
 """Weights times steps from which compiling for a CPU pays: it takes 7 to 20 s and saves 3 ns of each."""
 _for_cpu = False
+_seen: set[tuple] = set()
 
 
 @contextlib.contextmanager
 def many(weights: int) -> Iterator[None]:
     """Within it sweeps on a CPU are compiled, if so many `weights`, counted once a step, are worth the wait."""
     global _for_cpu
-    before, _for_cpu = _for_cpu, weights >= MANY and _has_cpp_compiler()
+    before, _for_cpu = _for_cpu, _for_cpu or (weights >= MANY and _has_cpp_compiler())
     try:
         yield
     finally:
@@ -39,8 +40,11 @@ def one_pass(function: Callable[..., None], *operands: Tensor, **settings: int |
     They go without their history as views, and without autocast: each of these would be compiled for anew.
     """
     rows = [operand.data for operand in operands]
-    for operand in rows:
-        torch._dynamo.maybe_mark_dynamic(operand, 0)
+    kind = function, *(operand.dtype for operand in rows)
+    if kind not in _seen:
+        _seen.add(kind)
+        for operand in rows:
+            torch._dynamo.maybe_mark_dynamic(operand, 0)
     with torch.autocast(rows[0].device.type, enabled=False):
         _compiled(function)(*rows, **settings)
 

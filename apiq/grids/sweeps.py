@@ -23,9 +23,15 @@ PIECE_GPU = 2**24
 """Elements of a piece elsewhere, where nothing is compiled: 64 MB in float32."""
 
 
-def dequantized(W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int, dtype: torch.dtype) -> Tensor:
-    """Q = s (clamp(round(W / s) + z, 0, top) - z), (out, in), computed in float32, in `dtype`; no gradients."""
-    Q = torch.empty_like(W, dtype=dtype)
+def dequantized(
+    W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int, dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Q = s (clamp(round(W / s) + z, 0, top) - z), (out, in), computed in float32, in `dtype`; no gradients.
+
+    It is written to `out` where that is given, of the shape of W and in `dtype`.
+    """
+    Q = torch.empty_like(W, dtype=dtype) if out is None else out
     _sweep(_dequantize, width, (Q, W), (s, z), top=top, balanced=balanced)
     return Q
 

@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq.layers.joint import is_plain
+from apiq.layers.lora import is_plain
 from apiq.layers.packed import PackedLinear
 from apiq.layers.product import autocast_is_on
 

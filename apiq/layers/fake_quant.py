@@ -13,7 +13,7 @@ from apiq.grids.affine import Grid, clipped, encode, extrema, grouped, ungrouped
 from apiq.grids.search import best_shares
 from apiq.grids.soft import soft_quantize
 from apiq.layers.packed import PackedLinear
-from apiq.layers.product import product
+from apiq.layers.product import LowRank, product
 
 START = 4.0
 """gamma and beta at the start: sigmoid(4) = 0.982, nearly no clipping (section 4.3)."""
@@ -60,6 +60,7 @@ class FakeQuantLinear(nn.Linear):
         self.bias = linear.bias
         self.temperature = 0.0  # of soft rounding, while it is annealed
         self.joint: Tensor | None = None  # Q, while `apiq.layers.joint` or `computed_once` holds it
+        self.room: Tensor | None = None  # where Q is made, while `apiq.layers.joint` lends it
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the present clipping range, each (out, G), float32."""
@@ -87,13 +88,15 @@ class FakeQuantLinear(nn.Linear):
         s, z = self.scale_and_zero()
         return soft_quantize(self.shifted, s, z, self.grid, self.temperature).to(self.full_weight.dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """X Q^T + bias, for X (..., in)."""
+    def forward(self, input: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """X Q^T + bias, (..., out), for X (..., in); with `low_rank` c (X A^T) B^T on top of it."""
         if self.joint is not None:
             return F.linear(input, self.joint, self.bias)
         if self.temperature:
             return F.linear(input, self.weight, self.bias)
-        return product(input, self.shifted, *self.scale_and_zero(), self.grid, self.bias, self.full_weight.dtype)
+        s, z = self.scale_and_zero()
+        stored = self.full_weight.dtype
+        return product(input, self.shifted, s, z, self.grid, self.bias, stored, low_rank, self.room)
 
     @torch.no_grad()
     def fit_range(self, G: Tensor | None = None) -> None:

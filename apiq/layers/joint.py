@@ -25,24 +25,25 @@ from torch.nn import functional as F
 from apiq.device import SMALL_BLOCK
 from apiq.grids import sweeps
 from apiq.grids.affine import Grid, clipped, clipped_gradient, grouped
+from apiq.layers.beside import beside
 from apiq.layers.fake_quant import FakeQuantLinear
-from apiq.layers.product import autocast_is_on
+from apiq.layers.lora import exchanged, low_rank, plain_lora
+from apiq.layers.product import LowRank, autocast_is_on
 
 
 @contextlib.contextmanager
 def jointly(block: nn.Module) -> Iterator[None]:
-    """Within it, the FakeQuantLinears of `block` share their work if they are small and computed in float32."""
-    places = [
-        (parent, name, child)
-        for parent in block.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, lora.Linear) and isinstance(child.get_base_layer(), FakeQuantLinear) and is_plain(child)
-    ]
-    foldings = {id(child.get_base_layer()): _Folded(child) for _, _, child in places}
+    """Within it, the FakeQuantLinears of `block` share their work if they are small and computed in float32.
+
+    Otherwise each computes its plain LoRA with its own product: see `apiq.layers.beside`.
+    """
     fakes = [module for module in block.modules() if isinstance(module, FakeQuantLinear)]
     if not _is_small(fakes):
-        yield
+        with beside(block, fakes):
+            yield
         return
+    places = plain_lora(block)
+    foldings = {id(child.get_base_layer()): _Folded(child) for _, _, child in places}
     sets = _sets([_Member(fake, foldings.get(id(fake))) for fake in fakes])
 
     def make(*_: object) -> None:
@@ -55,12 +56,9 @@ def jointly(block: nn.Module) -> Iterator[None]:
 
     hooks = [block.register_forward_pre_hook(make), block.register_forward_hook(drop, always_call=True)]
     try:
-        for parent, name, child in places:
-            setattr(parent, name, foldings[id(child.get_base_layer())])
-        yield
+        with exchanged(places, lambda child: foldings[id(child.get_base_layer())]):
+            yield
     finally:
-        for parent, name, child in places:
-            setattr(parent, name, child)
         for hook in hooks:
             hook.remove()
 
@@ -68,21 +66,6 @@ def jointly(block: nn.Module) -> Iterator[None]:
 def _is_small(fakes: list[FakeQuantLinear]) -> bool:
     total = sum(fake.full_weight.numel() for fake in fakes)
     return 0 < total <= SMALL_BLOCK and all(fake.full_weight.dtype == torch.float32 for fake in fakes)
-
-
-def is_plain(layer: lora.Linear) -> bool:
-    """Whether the layer is its base plus one A B^T, without dropout, bias or a variant such as DoRA."""
-    if len(layer.active_adapters) != 1:
-        return False
-    name = layer.active_adapters[0]
-    return (
-        not layer.merged
-        and not layer.disable_adapters
-        and not layer.fan_in_fan_out
-        and name not in layer.lora_variant
-        and not layer.lora_bias[name]
-        and isinstance(layer.lora_dropout[name], nn.Identity)
-    )
 
 
 class _Folded(nn.Module):
@@ -112,18 +95,9 @@ class _Member:
         """The module that is to use the weight."""
         return self.folded or self.fake
 
-    def adapter(self) -> tuple[Tensor | None, Tensor | None]:
-        """A (r, in) and B (out, r); None without LoRA."""
-        if self.folded is None:
-            return None, None
-        layer = self.folded.layer
-        name = layer.active_adapters[0]
-        return layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[return-value]
-
-    @property
-    def scaling(self) -> float:
-        """The factor c = alpha / r on B A; 1 without LoRA."""
-        return 1.0 if self.folded is None else self.folded.layer.scaling[self.folded.layer.active_adapters[0]]
+    def adapter(self) -> LowRank | tuple[None, None, float]:
+        """A (r, in), B (out, r) and the factor c; None and 1 without LoRA."""
+        return (None, None, 1.0) if self.folded is None else low_rank(self.folded.layer)
 
 
 def _sets(members: list[_Member]) -> list[_Set]:
@@ -146,7 +120,7 @@ class _Set:
         self.high = torch.cat([fake.high.flatten() for fake in fakes])
         self.shapes = [(fake.out_features, fake.in_features) for fake in fakes]
         self.counts = [fake.low.numel() for fake in fakes]
-        self.scaling = [member.scaling for member in members]
+        self.scaling = [member.adapter()[2] for member in members]
         trained = [fake.unit.flatten() for fake in fakes if fake.shift is not None]
         self.unit = torch.cat(trained)[:, None] if trained else None
 
@@ -157,7 +131,7 @@ class _Set:
         gammas = [member.fake.gamma for member in self.members]
         betas = [member.fake.beta for member in self.members]
         shifts = [member.fake.shift for member in self.members]
-        adapters = [tensor for member in self.members for tensor in member.adapter()]
+        adapters = [tensor for member in self.members for tensor in member.adapter()[:2]]
         weights = _JointWeights.apply(self, *gammas, *betas, *shifts, *adapters)
         for member, weight in zip(self.members, weights, strict=True):
             member.holder.joint = weight

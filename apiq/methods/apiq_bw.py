@@ -7,6 +7,7 @@ import contextlib
 from torch import Tensor
 
 from apiq.blocks.problem import Curve, Problem, Solution
+from apiq.grids.compiled import many
 from apiq.layers.joint import jointly
 from apiq.methods.annealing import annealed
 from apiq.methods.descent import Objective, descend
@@ -63,6 +64,7 @@ class ApiqBlockwise:
                 anneal = stack.enter_context(annealed(fit.fakes.values(), params))
                 if anneal is None:
                     stack.enter_context(jointly(problem.block))
+                stack.enter_context(many(fit.work(len(Xq))))
                 objective = Objective(
                     loss_of, len(Xq), where, problem.weight, names(problem.block), scale, anneal=anneal
                 )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from apiq import parallel
 from apiq.blocks.activations import Activations, batches
 from apiq.blocks.problem import Curve, Problem, Solution
+from apiq.grids.compiled import many
 from apiq.methods.annealing import annealed
 from apiq.methods.descent import Objective, descend
 from apiq.methods.fitting import Fit, Turn, joined
@@ -92,7 +93,8 @@ class ApiqLayerwise:
             first = float(total) / max(float(whole), 1.0)
         scale = problem.loss_scale(params.batch_size * fit.fakes[linear.name].out_features)
         where = f"linear {linear.name} of block {problem.index}"
-        with annealed([fit.fakes[linear.name]], params) as anneal:
+        ahead = fit.work(len(Xq), linear.name)
+        with annealed([fit.fakes[linear.name]], params) as anneal, many(ahead):
             objective = Objective(loss_of, len(Xq), where, weight, names_of(linear.adapted), scale, anneal=anneal)
             trace = descend(fit.groups(turn, linear.name), objective, params, problem.seed, report)
         return trace.curves(linear.name, first)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apiq.grids.affine import Grid
+from apiq.grids.compiled import many
 from apiq.grids.levels import TERNARY
 from apiq.layers.fake_quant import FakeQuantLinear
 from apiq.params import FinetuneParams, QuantizeParams
@@ -79,7 +80,8 @@ class Calibration:
         with TemporaryDirectory(dir=standing(self.work), prefix=".apiq-plan.") as folder:
             trial = Trial(config, params, self.device, self.compute, self.outline.storage, Path(folder))
             self._rate = self._measured_rate(trial)
-            costs, block = self._quantizing(trial, params, factor)
+            with many(_weights(self.outline.blocks.modules[0]) * params.epochs * -(-self.windows // self.shape[0])):
+                costs, block = self._quantizing(trial, params, factor)
             tuning = None if self.full_tuning is None else self._finetuning(trial, block, params, self.full_tuning)
         seconds = time.monotonic() - start
         slowdown = seconds / (time.process_time() - cpu) if self.device.type == "cpu" else 1.0
