@@ -114,7 +114,7 @@ class _Product(torch.autograd.Function):
             for_scale = _scale_gradient(flat, inputs, W, s, z, ctx.grid, for_weight, ctx.room)
         if needed[2]:
             for_bias = flat.sum(0)
-        if P is not None:
+        if P is not None and needed[3]:
             for_A, for_B = (P.t() @ inputs).float(), (flat.t() @ H).float().mul_(ctx.c)
         return for_input, for_scale, for_bias, for_A, for_B, for_weight, None, None, None, None, None
 

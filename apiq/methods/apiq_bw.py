@@ -10,7 +10,7 @@ from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.compiled import many
 from apiq.layers.joint import jointly
 from apiq.methods.annealing import annealed
-from apiq.methods.descent import Objective, descend
+from apiq.methods.descent import Objective, descend, steps
 from apiq.methods.fitting import Fit, Turn, joined
 from apiq.methods.flat import names
 from apiq.methods.inputs import counting, never_reached
@@ -64,7 +64,7 @@ class ApiqBlockwise:
                 anneal = stack.enter_context(annealed(fit.fakes.values(), params))
                 if anneal is None:
                     stack.enter_context(jointly(problem.block))
-                stack.enter_context(many(fit.work(len(Xq))))
+                stack.enter_context(many(fit.weights * steps(len(Xq), params)))
                 objective = Objective(
                     loss_of, len(Xq), where, problem.weight, names(problem.block), scale, anneal=anneal
                 )

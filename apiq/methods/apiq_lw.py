@@ -13,7 +13,7 @@ from apiq.blocks.activations import Activations, batches
 from apiq.blocks.problem import Curve, Problem, Solution
 from apiq.grids.compiled import many
 from apiq.methods.annealing import annealed
-from apiq.methods.descent import Objective, descend
+from apiq.methods.descent import Objective, descend, steps
 from apiq.methods.fitting import Fit, Turn, joined
 from apiq.methods.flat import names as names_of
 from apiq.methods.inputs import Fed, input_order, inputs, place
@@ -93,7 +93,7 @@ class ApiqLayerwise:
             first = float(total) / max(float(whole), 1.0)
         scale = problem.loss_scale(params.batch_size * fit.fakes[linear.name].out_features)
         where = f"linear {linear.name} of block {problem.index}"
-        ahead = fit.work(len(Xq), linear.name)
+        ahead = fit.weights * steps(len(Xq), params)
         with annealed([fit.fakes[linear.name]], params) as anneal, many(ahead):
             objective = Objective(loss_of, len(Xq), where, weight, names_of(linear.adapted), scale, anneal=anneal)
             trace = descend(fit.groups(turn, linear.name), objective, params, problem.seed, report)

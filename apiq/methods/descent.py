@@ -84,6 +84,11 @@ class Trace:
         return [*curves, Curve(f"{name} held out", self.held_out)] if self.held_out else curves
 
 
+def steps(windows: int, params: Passes) -> int:
+    """The most optimizer steps of a descent on so many windows."""
+    return params.epochs * math.ceil(windows / params.batch_size)
+
+
 def descend(
     groups: Iterable[Group],
     objective: Objective,

@@ -119,11 +119,10 @@ class Fit:
                 groups.append(Group(self.adapters.trained(inside, decays), params.lr_adapter, decay))
         return groups
 
-    def work(self, windows: int, name: str = "") -> int:
-        """The weights of the linear `name`, or of the block without one, times the steps of a turn on `windows`."""
-        fakes = [self.fakes[name]] if name else self.fakes.values()
-        steps = self.params.epochs * -(-windows // self.params.batch_size)
-        return sum(fake.full_weight.numel() for fake in fakes) * steps
+    @property
+    def weights(self) -> int:
+        """The number of weights in all linears of the block."""
+        return sum(fake.full_weight.numel() for fake in self.fakes.values())
 
     def solution(self, curves: list[Curve], start: float) -> Solution:
         """The packed linears and adapters as they were trained."""

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from apiq.blocks.architecture import replace
 from apiq.blocks.problem import Problem, Solution
 from apiq.grids.affine import Grid, clipped, encode, extrema
+from apiq.grids.compiled import many
 from apiq.grids.soft import soft_quantize
 from apiq.layers.fake_quant import START
 from apiq.layers.packed import PackedLinear
 from apiq.methods.annealing import annealed
-from apiq.methods.descent import Objective, descend
+from apiq.methods.descent import Objective, descend, steps
 from apiq.methods.equivalent import Pair, pairs, put, transformed
 from apiq.methods.flat import Group, names
 from apiq.methods.grid import grid_in, packed
@@ -55,7 +56,8 @@ class Omniquant:
         ranges = [parameter for fake in fakes.values() for parameter in (fake.gamma, fake.beta)]
         groups = [Group(ranges, params.lr_theta, params.decay_theta), Group(logs, params.omniquant.lr_transform, 0.0)]
         scale = problem.loss_scale(Xq.rows[0].numel() * params.batch_size)
-        with annealed(fakes.values(), params) as anneal:
+        weights = sum(fake.original.weight.numel() for fake in fakes.values())
+        with annealed(fakes.values(), params) as anneal, many(weights * steps(len(Xq), params)):
             objective = Objective(
                 loss_of, len(Xq), f"block {problem.index}", problem.weight, names(problem.block), scale, anneal=anneal
             )

@@ -12,6 +12,8 @@ from apiq.planning.step import Pass
 
 FLOAT = 4
 """Bytes of a float32, in which everything that is trained and its AdamW moments are kept."""
+COMPILER = 2 * 10**8
+"""Bytes that torch.compile takes on a CPU, most of them for what it imports."""
 FITTED = frozenset({"apiq-bw", "apiq-lw", "omniquant"})
 """Methods that descend on gradients."""
 MOMENTS = {"gptq": 6, "gptq-lora": 6, "awq": 4, "closed-form": 8}

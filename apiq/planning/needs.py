@@ -12,6 +12,8 @@ import torch
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.walk import COPIES
 from apiq.device import pick_device, pick_dtype
+from apiq.grids.compiled import MANY
+from apiq.methods.descent import steps
 from apiq.params import Params
 from apiq.planning import memory
 from apiq.planning.machine import Machine
@@ -47,6 +49,14 @@ class Setting:
     """Bytes alive when windows pass through a full-precision block in refinement; 0 without it."""
     work: Path
 
+    @property
+    def swept(self) -> int:
+        """Weights of the largest block times optimizer steps; what a CPU compiles depends on it."""
+        quantize = self.params.quantize
+        if quantize.method not in memory.FITTED:
+            return 0
+        return self.sizes.weights * steps(self.params.calibration.windows, quantize)
+
 
 def weight_bytes(compute: torch.dtype, storage: torch.dtype) -> int:
     """Bytes of a weight in a block that is being quantized: only float32 arithmetic asks for float32 weights."""
@@ -74,6 +84,8 @@ def quantizing_needs(setting: Setting) -> dict[str, Any]:
         gpu["activations"] = sets
     elif home == "ram":
         at_work["activations"] = sets
+    if gpu is None and setting.swept >= MANY:
+        at_work["compiler"] = memory.COMPILER
     if gpu is None and platform.libc_ver()[0] == "glibc":
         length = params.calibration.length
         tokens = min(params.calibration.windows * length, max(length, TOKENS))

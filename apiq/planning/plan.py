@@ -133,7 +133,7 @@ def _calibration(setting: Setting) -> Calibration:
         setting.outline, params.quantize,
         (min(params.quantize.batch_size, params.calibration.windows), params.calibration.length),
         params.calibration.windows, params.finetune, setting.device, setting.compute, setting.tuning_dtype,
-        setting.work, setting.fitting, setting.training,
+        setting.work, setting.fitting, setting.training, setting.swept,
     )  # fmt: skip
 
 

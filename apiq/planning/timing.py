@@ -69,6 +69,8 @@ class Calibration:
     """One optimizer step of the model itself."""
     full_tuning: Pass | None
     """Forward and backward of one packed block of the model itself, in finetuning."""
+    swept: int
+    """Weights of a block times optimizer steps: whether the elementwise work is compiled on a CPU."""
 
     def run(self) -> Timing:
         """Time one block."""
@@ -80,7 +82,7 @@ class Calibration:
         with TemporaryDirectory(dir=standing(self.work), prefix=".apiq-plan.") as folder:
             trial = Trial(config, params, self.device, self.compute, self.outline.storage, Path(folder))
             self._rate = self._measured_rate(trial)
-            with many(_weights(self.outline.blocks.modules[0]) * params.epochs * -(-self.windows // self.shape[0])):
+            with many(self.swept):
                 costs, block = self._quantizing(trial, params, factor)
             tuning = None if self.full_tuning is None else self._finetuning(trial, block, params, self.full_tuning)
         seconds = time.monotonic() - start
