@@ -43,6 +43,15 @@ def scale_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, bala
     return result
 
 
+def dequantized_and_scale_gradient(
+    grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int, out: Tensor
+) -> Tensor:
+    """Both in one sweep: Q in `out`, (out, in) in the precision of `out`, and the gradient of s, which is returned."""
+    result = torch.empty_like(s)
+    _sweep(_dequantize_and_differentiate, width, (grad, W, out), (result, s, z), top=top, balanced=balanced)
+    return result
+
+
 def weight_gradient(grad: Tensor, W: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool, width: int) -> Tensor:
     """The gradient of W, (out, in), from that of Q: `grad` where the code is not clamped, 0 where it is."""
     result = torch.empty_like(grad)
@@ -104,6 +113,18 @@ def _differentiate_scale(
     codes = free.clamp(0, top)
     inside = free.eq_(codes)  # 1 or 0: a comparison to bool is several times slower on a CPU
     result.copy_(codes.sub_(z).sub_(ratio.mul_(inside)).mul_(grad).sum(-1, keepdim=True))
+
+
+def _dequantize_and_differentiate(
+    grad: Tensor, W: Tensor, Q: Tensor, result: Tensor, s: Tensor, z: Tensor, top: int, balanced: bool
+) -> None:
+    ratio = W / s
+    free = unclamped(ratio, z, balanced)
+    codes = free.clamp(0, top)
+    inside = free.eq_(codes)
+    levels = codes.sub_(z)
+    Q.copy_(levels * s)
+    result.copy_(levels.sub_(ratio.mul_(inside)).mul_(grad).sum(-1, keepdim=True))
 
 
 def _differentiate_weight(

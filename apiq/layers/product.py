@@ -2,9 +2,9 @@
 
     Y = X Q^T + c (X A^T) B^T + bias,    Q = s (clamp(round(W / s) + z, 0, 2^b - 1) - z)
 
-Lines 6 to 9 of Algorithm 1, A and B being there or not. The forward pass keeps X, s and z, but not Q; the backward pass
-makes Q again for the gradient of X. The gradient G of Q is made in pieces of a few rows, and each is reduced at once to
-dL/ds, the sum over each group of G dQ/ds; where W is trained, dL/dW is made of it too.
+Lines 6 to 9 of Algorithm 1, A and B being there or not. The forward pass keeps X, s and z, but not Q. The
+backward pass makes the gradient G of Q in pieces of a few rows, and reduces each at once to dL/ds, the sum over each
+group of G dQ/ds; in the same sweep it makes Q again, for the gradient of X, and where W is trained dL/dW.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def product(
 
     Q is rounded to the precision `stored`, that of W if left out, as it will be in the deployed linear. Differentiable
     once in X, W, s, A, B and the bias, straight-through in W and s; z carries no gradient. In `room`, a vector of at
-    least the elements of W, Q and G are made where it is of that precision; nothing of it is kept.
+    least the elements of W, Q is made where it is of that precision; nothing of it is kept.
     """
     kind = X.device.type
     dtype = torch.get_autocast_dtype(kind) if autocast_is_on(kind) else X.dtype
@@ -64,15 +64,13 @@ def dequantized(
     room: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Q (out, in) in `dtype`; it is rounded to `stored`, or the precision of W, first, as the deployed linear does."""
-    first = stored or W.dtype
-    first = dtype if first == torch.float32 else first
-    out = _part(room, W.shape) if first == dtype else None
-    return sweeps.dequantized(W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]), first, out).to(dtype)
+    Q = _empty(W, stored or W.dtype, dtype, room)
+    return sweeps.dequantized(W, s, z, grid.top, grid.balanced, grid.width(W.shape[1]), Q.dtype, Q).to(dtype)
 
 
-def rows_at_once(W: Tensor, least: int = 0) -> Iterator[slice]:
-    """Slices of the rows of W (out, in) that make pieces of ROWS elements, or of `least` if that is more."""
-    step = max(max(ROWS if W.device.type == "cpu" else ROWS_GPU, least) // W.shape[1], 1)
+def rows_at_once(W: Tensor) -> Iterator[slice]:
+    """Slices of the rows of W (out, in) that make pieces of the size of ROWS."""
+    step = max((ROWS if W.device.type == "cpu" else ROWS_GPU) // W.shape[1], 1)
     for start in range(0, len(W), step):
         yield slice(start, min(start + step, len(W)))
 
@@ -102,16 +100,18 @@ class _Product(torch.autograd.Function):
         needed = ctx.needs_input_grad
         flat, inputs = grad.reshape(-1, grad.shape[-1]), X.reshape(-1, X.shape[-1])
         P = None if A is None else flat @ cB
-        for_input = for_scale = for_bias = for_weight = for_A = for_B = None
-        if needed[0]:
-            for_input = flat @ dequantized(W, s, z, ctx.grid, X.dtype, ctx.stored, ctx.room)
-            if P is not None and A is not None:
-                for_input.addmm_(P, A)
-            for_input = for_input.view(X.shape)
+        for_input = for_scale = for_bias = for_weight = for_A = for_B = Q = None
         if needed[5]:
             for_weight = torch.empty_like(W)
         if needed[1] or for_weight is not None:
-            for_scale = _scale_gradient(flat, inputs, W, s, z, ctx.grid, for_weight, ctx.room)
+            Q = _empty(W, ctx.stored, X.dtype, ctx.room) if needed[0] else None
+            for_scale = _scale_gradient(flat, inputs, W, s, z, ctx.grid, Q, for_weight)
+        if needed[0]:
+            Q = dequantized(W, s, z, ctx.grid, X.dtype, ctx.stored, ctx.room) if Q is None else Q.to(X.dtype)
+            for_input = flat @ Q
+            if P is not None and A is not None:
+                for_input.addmm_(P, A)
+            for_input = for_input.view(X.shape)
         if needed[2]:
             for_bias = flat.sum(0)
         if P is not None and needed[3]:
@@ -120,19 +120,28 @@ class _Product(torch.autograd.Function):
 
 
 def _scale_gradient(
-    grad: Tensor, X: Tensor, W: Tensor, s: Tensor, z: Tensor, grid: Grid, for_weight: Tensor | None,
-    room: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The gradient of s (out, G) from that of Y (tokens, out), for X (tokens, in); that of W into `for_weight`."""
+    grad: Tensor, X: Tensor, W: Tensor, s: Tensor, z: Tensor, grid: Grid, Q: Tensor | None, for_weight: Tensor | None
+) -> Tensor:
+    """The gradient of s (out, G) from that of Y (tokens, out), for X (tokens, in).
+
+    Q is written to `Q`, and the gradient of W to `for_weight`, where they are given.
+    """
     result = torch.empty_like(s)
-    for rows in rows_at_once(W, 0 if room is None else room.numel()):
-        G = torch.mm(grad[:, rows].t(), X, out=_part(room, W[rows].shape))
+    for rows in rows_at_once(W):
+        G = grad[:, rows].t() @ X
         rest = (W[rows], s[rows], z[rows], grid.top, grid.balanced, grid.width(W.shape[1]))
-        result[rows] = sweeps.scale_gradient(G, *rest)
+        if Q is None:
+            result[rows] = sweeps.scale_gradient(G, *rest)
+        else:
+            result[rows] = sweeps.dequantized_and_scale_gradient(G, *rest, Q[rows])
         if for_weight is not None:
             for_weight[rows] = sweeps.weight_gradient(G, *rest).to(for_weight.dtype)
     return result
 
 
-def _part(room: Tensor | None, shape: torch.Size) -> Tensor | None:
-    return None if room is None else room[: shape.numel()].view(shape)
+def _empty(W: Tensor, stored: torch.dtype, dtype: torch.dtype, room: Tensor | None) -> Tensor:
+    """Room for Q in the precision in which it is rounded first."""
+    first = dtype if stored == torch.float32 else stored
+    if room is not None and room.dtype == first:
+        return room[: W.numel()].view(W.shape)
+    return torch.empty_like(W, dtype=first)

@@ -21,8 +21,13 @@ def case(shape, grid, seed=0):
 
 
 def swept(dtype, grad, *rest):
-    """Q and the gradients of s and W."""
-    return sweeps.dequantized(*rest, dtype), sweeps.scale_gradient(grad, *rest), sweeps.weight_gradient(grad, *rest)
+    """Q and the gradients of W and s; Q again, made together with the gradient of s."""
+    Q = torch.empty_like(grad, dtype=dtype)
+    both = sweeps.dequantized_and_scale_gradient(grad, *rest, Q)
+    parts = sweeps.dequantized(*rest, dtype), sweeps.weight_gradient(grad, *rest), sweeps.scale_gradient(grad, *rest)
+    assert torch.equal(Q, parts[0])
+    torch.testing.assert_close(both, parts[2], rtol=1e-5, atol=1e-5)
+    return *parts, both
 
 
 @given(
@@ -78,7 +83,7 @@ def test_what_is_compiled_is_one_graph_with_the_same_result(width, symmetric, mo
     monkeypatch.setattr(compiled, "_compiled", compiling)
     with compiled.many(compiled.MANY):
         again = swept(torch.float32, grad, W, *rest)
-    assert len(made) == (3 if width == 32 else 0)
+    assert len(made) == (4 if width == 32 else 0)
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
@@ -103,5 +108,5 @@ def test_the_compiler_of_this_machine_makes_the_same_weight_and_sums_to_rounding
     plain = swept(dtype, grad, W, *rest)
     with compiled.many(compiled.MANY):
         again = swept(dtype, grad, W, *rest)
-    assert torch.equal(plain[0], again[0]) and torch.equal(plain[2], again[2])
-    torch.testing.assert_close(again[1], plain[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(plain[0], again[0]) and torch.equal(plain[1], again[1])
+    torch.testing.assert_close(again[2], plain[2], rtol=1e-5, atol=1e-5)
