@@ -17,7 +17,7 @@ def main(params: Params, progress: Progress) -> None:
     """The model's tokenizer and a corpus to data/calibration/."""
     from apiq.calibration import store
     from apiq.calibration.corpora import load_corpus
-    from apiq.calibration.leakage import sample_clean_windows
+    from apiq.calibration.leakage import RUN, run_length, sample_clean_windows
     from apiq.calibration.mixture import draw_windows
     from apiq.calibration.windows import consecutive_windows, tokenize
     from apiq.checkpoint.loading import read_tokenizer
@@ -31,14 +31,16 @@ def main(params: Params, progress: Progress) -> None:
     def reading(source: str) -> None:
         progress(Step("calibration", next(done), total, f"reading {source}"))
 
-    done, evaluated, left_out = itertools.count(), {}, []
+    done, evaluated, left_out, repeated = itertools.count(), {}, [], RUN
     for name, text in texts.items():
         reading(text.text)
-        tokens = tokenize(load_corpus(text.text, split="test", column=text.column, join=text.join).text, tokenizer)
+        written = load_corpus(text.text, split="test", column=text.column, join=text.join).text
+        tokens = tokenize(written, tokenizer)
+        repeated = max(repeated, run_length(len(written), len(tokens)))
         evaluated[name] = consecutive_windows(tokens, text.windows, text.length).flatten()
 
     def clean(tokens: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-        windows, dropped = sample_clean_windows(tokens, count, length, generator, evaluated)
+        windows, dropped = sample_clean_windows(tokens, count, length, generator, evaluated, repeated)
         left_out.append(dropped)
         return windows
 

@@ -1,10 +1,12 @@
 """Calibration and evaluation kept apart: a window that shares a long verbatim run with evaluated text is not used.
 
-A run is 50 tokens, the length from which Lee et al. (arXiv 2107.06499) take equal text for a copy and not for chance.
+A run is 50 tokens, the length from which Lee et al. (arXiv 2107.06499) take equal text for a copy and not for chance,
+or 200 characters where a token is shorter than theirs: a tokenizer of characters has 50 tokens in common by chance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,8 +15,8 @@ import torch
 from apiq.calibration.windows import sample_windows
 from apiq.errors import ApiqError
 
-RUN = 50
-"""Tokens in a run; a shorter window counts as a whole."""
+RUN, CHARACTERS = 50, 200
+"""Least tokens and least characters in a run; a shorter window counts as a whole."""
 TOLERATED = 0.05
 """Share of the drawn windows that may be left out."""
 
@@ -27,8 +29,9 @@ def sample_clean_windows(
     length: int,
     generator: torch.Generator,
     evaluated: Mapping[str, torch.Tensor],
+    run: int = RUN,
 ) -> tuple[torch.Tensor, int]:
-    """Random windows, as `sample_windows` draws them, that share no run of `RUN` tokens with evaluated text.
+    """Random windows, as `sample_windows` draws them, that share no run of tokens with evaluated text.
 
     Windows that do are left out and others drawn for them.
 
@@ -38,6 +41,7 @@ def sample_clean_windows(
         length: tokens in a window.
         generator: the source of the starts.
         evaluated: the tokens of each evaluated text, shape (tokens,), by name; of the same tokenizer.
+        run: tokens in a run, see `run_length`.
 
     Returns:
         The windows, shape (windows, length), and the number of those left out.
@@ -45,7 +49,7 @@ def sample_clean_windows(
     Raises:
         ApiqError: the text is shorter than one window, or more than 5 % of the windows drawn from it are left out.
     """
-    run = min(RUN, length)
+    run = min(run, length)
     known = {name: np.unique(_hashes(text.numpy()[None], run)) for name, text in evaluated.items()}
     clean = torch.empty(0, length, dtype=torch.long)
     drawn = 0
@@ -63,6 +67,11 @@ def sample_clean_windows(
                 f"evaluated text ({most}); calibrate on another corpus or another split."
             )
     return clean, drawn - len(clean)
+
+
+def run_length(characters: int, tokens: int) -> int:
+    """Tokens in a run for a tokenizer that makes so many `tokens` of so many `characters`."""
+    return max(RUN, math.ceil(CHARACTERS * tokens / max(characters, 1)))
 
 
 def _hashes(tokens: np.ndarray, run: int) -> np.ndarray:

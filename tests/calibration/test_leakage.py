@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apiq.calibration.leakage import RUN, sample_clean_windows
+from apiq.calibration.leakage import RUN, run_length, sample_clean_windows
 from apiq.calibration.windows import sample_windows
 from apiq.errors import ApiqError
 
@@ -53,6 +53,21 @@ def test_one_token_less_is_chance():
     text, evaluated = noise(100), noise(400, seed=1)
     evaluated[200 : 200 + RUN - 1] = text[10 : 10 + RUN - 1]
     assert sample_clean_windows(text, 8, 100, seeded(), {"e": evaluated})[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("characters", "tokens", "run"), [(4000, 1000, 50), (9000, 1000, 50), (1000, 1000, 200), (0, 0, 50)]
+)
+def test_a_run_is_as_long_as_text_that_is_not_equal_by_chance(characters, tokens, run):
+    assert run_length(characters, tokens) == run
+
+
+def test_tokens_of_a_character_each_may_have_a_phrase_in_common():
+    text, evaluated = noise(400), noise(400, seed=1)
+    evaluated[100:300] = text[:200]
+    assert sample_clean_windows(text[:299], 8, 256, seeded(), {"e": evaluated[:299]}, run=200)[1] == 0
+    with pytest.raises(ApiqError, match="repeat 200 tokens"):
+        sample_clean_windows(text[:256], 8, 256, seeded(), {"e": evaluated}, run=200)
 
 
 def test_a_window_shorter_than_a_run_counts_as_a_whole():
