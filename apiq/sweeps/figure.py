@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -35,6 +37,9 @@ class Mark:
     y: float
     name: str
     """What a reader may want to know it by."""
+    low: float | None = None
+    high: float | None = None
+    """The least and the most that `y` is a mean of."""
 
 
 def draw(sweep: Sweep, cells: Cells, folder: Path) -> None:
@@ -61,14 +66,30 @@ def marks(sweep: Sweep, cells: Cells, folder: Path) -> list[Mark]:
     spec, found = sweep.figure, []
     assert spec is not None
     for cell, outcome in cells:
-        name = ", ".join(cell.labels[axis] for axis in sweep.axes if axis not in spec.series)
+        name = ", ".join(cell.labels[axis] for axis in sweep.axes if axis not in (*spec.series, spec.mean_over))
         for values in _values(spec, cell.labels, outcome, folder / "cells" / cell.name):
             x, y = values.get(spec.x), next((values[each] for each in spec.y if known(values.get(each))), None)
             if x is not None and y is not None:
                 series = ", ".join(_called(axis, str(values[axis])) for axis in spec.series)
                 found.append(Mark(str(values[spec.panels]) if spec.panels else "", series, x, y, name))
     numeric = all(_number(mark.x) is not None for mark in found)
-    return [Mark(m.panel, m.series, float(m.x), m.y, m.name) for m in found] if numeric else found
+    if numeric:
+        found = [replace(mark, x=float(mark.x)) for mark in found]
+    measured = numeric and spec.data == "cells" and spec.x not in sweep.axes
+    return _means(found, measured) if spec.mean_over else found
+
+
+def _means(found: Sequence[Mark], measured: bool) -> list[Mark]:
+    """One mark for all that differ in `y` alone, or in `x` too where that was `measured`."""
+    alike: dict[tuple[Any, ...], list[Mark]] = {}
+    for mark in found:
+        alike.setdefault((mark.panel, mark.series, mark.name, None if measured else mark.x), []).append(mark)
+    means = []
+    for marks in alike.values():
+        heights = [mark.y for mark in marks]
+        x = fmean(float(mark.x) for mark in marks) if measured else marks[0].x
+        means.append(replace(marks[0], x=x, y=fmean(heights), low=min(heights), high=max(heights)))
+    return means
 
 
 def _values(spec: FigureSpec, labels: Mapping[str, str], outcome: Outcome, folder: Path) -> Iterator[dict[str, Any]]:
@@ -130,33 +151,46 @@ def _fill(
 ) -> None:
     named = spec.kind == "bar" or not all(isinstance(x, float) for x in ticks)
     for place, name in enumerate(series):
-        points = [(float(ticks.index(m.x) if named else m.x), m.y) for m in found if m.series == name]
+        own = [mark for mark in found if mark.series == name]
+        points = [(float(ticks.index(mark.x) if named else mark.x), mark.y) for mark in own]
         style: dict[str, Any] = {"color": ramp(place, len(series)), "label": name}
         if spec.kind == "bar":
             share = 0.8 / len(series)
             middles = [x + share * (place - (len(series) - 1) / 2) for x, _ in points]
             axes.bar(middles, [y for _, y in points], share, **style)
+            _ranges(axes, middles, own)
             continue
+        _ranges(axes, [x for x, _ in points], own)
         style |= {"linestyle": "-" if spec.kind == "line" else "", "marker": MARKERS[place % len(MARKERS)], "ms": 4.5}
         points = sorted(points) if spec.kind == "line" else points
         axes.plot([x for x, _ in points], [y for _, y in points], **style)
+    measured = spec.kind == "scatter" and not named
     if spec.log_y:
-        _logarithmic(axes)
+        axes.set_yscale("log")
+        _plain(axes.yaxis, axes.get_ylim())
     if spec.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-    if named or spec.log_x:
+        if measured:
+            _plain(axes.xaxis, axes.get_xlim())
+    if named or (spec.log_x and not measured):
         places = range(len(ticks)) if named else [float(x) for x in ticks]
         axes.set_xticks(places, [f"{x:g}" if isinstance(x, float) else str(x) for x in ticks])
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A log scale with plain numbers, also where it spans less than a decade."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def _ranges(axes: Axes, places: Sequence[float], found: Sequence[Mark]) -> None:
+    """Lines from the least to the most that a mark is a mean of."""
+    for x, mark in zip(places, found, strict=True):
+        if mark.low is not None and mark.high is not None:
+            axes.vlines(x, mark.low, mark.high, color=colour("muted"), linewidth=1.0)
+
+
+def _plain(axis: Axis, ends: tuple[float, float]) -> None:
+    """Plain numbers on a logarithmic axis, also where it spans less than a decade."""
+    low, high = ends
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _name_points(axes: Axes, found: Sequence[Mark]) -> None:

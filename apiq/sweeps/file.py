@@ -102,6 +102,8 @@ class FigureSpec(Section):
     """A metric, or a column of errors.csv when data is errors; of several the first that is known."""
     series: Annotated[list[str], BeforeValidator(_labels)] = Field(default_factory=list)
     """Axes that a colour stands for."""
+    mean_over: str | None = None
+    """Axis, as seed, whose cells are one mark: their mean, with a line from the least to the most."""
     panels: str | None = None
     """Axis, or column of errors.csv, with a panel for each of its values."""
     data: Literal["cells", "errors"] = "cells"
@@ -182,6 +184,8 @@ class Sweep(Section):
         if table.columns:
             yield "table.columns", table.columns, ()
         yield from (("figure.series", axis, ()) for axis in (figure.series if figure else ()))
+        if figure and figure.mean_over:
+            yield "figure.mean_over", figure.mean_over, ()
         if figure and figure.panels and figure.data == "cells":
             yield "figure.panels", figure.panels, ()
         for reason, where in self.refused.items():

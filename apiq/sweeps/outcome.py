@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from apiq.files import read_json, write_json
 from apiq.overrides import leaves
+from apiq.reporting.units import known
 
 RECORD = "cell.json"
 
@@ -22,20 +24,44 @@ class Outcome:
     error: str | None = None
     """One sentence, where it is not done."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """Of data/metrics.json by their paths, and timing.STAGE.KEY: seconds, cpu_seconds, peak_memory_mb."""
+    """Of data/metrics.json by their paths; lost.MODEL.TEXT, nats a token above full precision; and timing.STAGE.KEY:
+    seconds, cpu_seconds, peak_memory_mb, where the stage `fitting` is quantize and refine together."""
     kept: tuple[str, ...] = ()
     """Files beside the record."""
 
 
 def measured(data: str | Path) -> dict[str, Any]:
-    """The metrics that a run left in its folder data/, with what each stage cost.
+    """The metrics that a run left in its folder data/, with what each model loses and each stage cost.
 
     Raises:
         ApiqError: they are not there or damaged.
     """
     data = Path(data)
     costs = {path.stem: read_json(path) for path in sorted((data / "timing").glob("*.json"))}
-    return leaves(read_json(data / "metrics.json")) | leaves({"timing": costs})
+    fitting = [costs[stage] for stage in ("quantize", "refine") if stage in costs]
+    if fitting:
+        keys = ("seconds", "cpu_seconds")
+        costs["fitting"] = {key: sum(cost[key] for cost in fitting) for key in keys if all(key in c for c in fitting)}
+    metrics = read_json(data / "metrics.json")
+    return leaves(metrics) | leaves({"lost": lost(metrics), "timing": costs})
+
+
+def lost(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Log perplexity above the full-precision model, in nats a token, by model and text."""
+    perplexities = {
+        model: values["perplexity"]
+        for model, values in metrics.items()
+        if isinstance(values, Mapping) and isinstance(values.get("perplexity"), Mapping)
+    }
+    full = perplexities.pop("full", {})
+    return {
+        model: {text: math.log(value / full[text]) for text, value in texts.items() if _both(value, full.get(text))}
+        for model, texts in perplexities.items()
+    }
+
+
+def _both(*values: Any) -> bool:
+    return all(known(value) and value > 0 for value in values)
 
 
 def remember(folder: str | Path, outcome: Outcome) -> None:

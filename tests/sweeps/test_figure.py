@@ -1,13 +1,17 @@
-"""Names in a crowded scatter are all readable."""
+"""Names in a crowded scatter are all readable, and cells of one kind can be one mark."""
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from apiq.reporting.drawing import WIDE
-from apiq.sweeps.figure import Mark, picture
-from apiq.sweeps.file import FigureSpec
+from apiq.sweeps.cells import Cell
+from apiq.sweeps.figure import Mark, marks, picture
+from apiq.sweeps.file import FigureSpec, Sweep
+from apiq.sweeps.outcome import Outcome
 
 SPEC = FigureSpec(kind="scatter", x="effective_bits", y="perplexity", log_y=True)
 POINTS = st.tuples(st.floats(2, 10), st.floats(2, 30))
@@ -28,3 +32,34 @@ def test_no_name_covers_another_or_leaves_the_axes_below(points):
         down = min(one.y1, other.y1) - max(one.y0, other.y0)
         assert across < 1 or down < 2, "but for the tails of letters"
     assert min(box.y0 for box in boxes) > axes.bbox.y0 - 2
+
+
+@pytest.mark.parametrize("kind", ["scatter", "bar", "line"])
+def test_cells_that_differ_in_their_seed_are_one_mark_with_its_range(kind, tmp_path):
+    x = "rung" if kind == "bar" else "cost"
+    sweep = Sweep.model_validate({
+        "title": "t", "grid": {"rung": {"low": {}, "high": {}}, "seed": {"0": {}, "1": {}, "2": {}}},
+        "table": {"rows": ["rung"], "metrics": {"loss": "loss"}},
+        "figure": {"kind": kind, "x": x, "y": "loss", "mean_over": "seed", "log_x": kind != "bar", "log_y": True},
+    })  # fmt: skip
+    losses, costs = {"low": [1.0, 2.0, 6.0], "high": [3.0, 3.0, 9.0]}, {"low": [10, 20, 30], "high": [40, 40, 40]}
+    cells = [
+        (Cell("c", {"rung": rung, "seed": str(seed)}, {}, {}), Outcome("done", None, {"loss": loss, "cost": cost}))
+        for rung in losses
+        for seed, (loss, cost) in enumerate(zip(losses[rung], costs[rung], strict=True))
+    ]
+    found = marks(sweep, cells, tmp_path)
+    assert [(mark.name, mark.y, mark.low, mark.high) for mark in found] == [("low", 3, 1, 6), ("high", 5, 3, 9)]
+    assert [mark.x for mark in found] == (["low", "high"] if kind == "bar" else [20, 40])
+    assert sweep.figure is not None
+    figure = picture(sweep.figure, found, WIDE)
+    ranges = [line.get_segments()[0][:, 1].tolist() for line in figure.axes[0].collections]
+    assert ranges == [[1, 6], [3, 9]]
+
+
+def test_the_mean_is_over_an_axis_of_the_grid():
+    with pytest.raises(ValidationError, match=r"figure\.mean_over"):
+        Sweep.model_validate({
+            "title": "t", "grid": {"rung": {"low": {}}}, "table": {"rows": ["rung"], "metrics": {"loss": "loss"}},
+            "figure": {"kind": "bar", "x": "rung", "y": "loss", "mean_over": "seeds"},
+        })  # fmt: skip

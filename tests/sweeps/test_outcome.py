@@ -1,6 +1,7 @@
 """The record of a cell, by which it is not run again."""
 
 import json
+import math
 
 import pytest
 
@@ -21,8 +22,14 @@ def test_metrics_and_costs_are_flat(tmp_path):
     (tmp_path / "timing").mkdir()
     with pytest.raises(ApiqError, match=r"there is no file .*metrics\.json"):
         measured(tmp_path)
-    (tmp_path / "metrics.json").write_text(json.dumps({"full": {"perplexity": {"demo": 8.0}}, "effective_bits": 2.5}))
-    (tmp_path / "timing" / "quantize.json").write_text(json.dumps({"seconds": 1.5}))
-    assert measured(tmp_path) == {
-        "full.perplexity.demo": 8.0, "effective_bits": 2.5, "timing.quantize.seconds": 1.5,
-    }  # fmt: skip
+    models = {"full": {"perplexity": {"demo": 8.0}}, "quantized": {"perplexity": {"demo": 8.0 * math.e, "other": 9.0}}}
+    (tmp_path / "metrics.json").write_text(json.dumps({**models, "effective_bits": 2.5}))
+    (tmp_path / "timing" / "quantize.json").write_text(json.dumps({"seconds": 1.5, "peak_memory_mb": 9}))
+    (tmp_path / "timing" / "refine.json").write_text(json.dumps({"seconds": 2.5, "peak_memory_mb": 7}))
+    found = measured(tmp_path)
+    assert found["full.perplexity.demo"] == 8.0
+    assert found["lost.quantized.demo"] == pytest.approx(1.0)
+    assert "lost.quantized.other" not in found, "the full-precision model was not measured on it"
+    assert found["timing.quantize.seconds"] == 1.5
+    assert found["timing.fitting.seconds"] == 4.0
+    assert "timing.fitting.peak_memory_mb" not in found, "peaks do not add up"
