@@ -26,6 +26,9 @@ class RefineParams(Section):
     """Tokens of a calibration window from which a generated one goes on."""
     top_k: Positive = 64
     """Tokens whose predictions are kept for every position; all others count as one."""
+    hidden_weight: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """Weight of the squared distance between the last hidden states of the two models, relative to the size of the
+    states, beside the divergence of their predictions, in nats; 0 leaves the states out."""
     batch_size: Positive = 4
     """Windows in a step."""
     shuffle: bool = True

@@ -118,7 +118,7 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
     """GPU memory, RAM and disk of refinement, by part, and where the activations live; None where there is none.
 
     Each place has to hold the worse of two moments: the full-precision model is asked, or the adapters are trained.
-    The predictions of that model lie in RAM, and with the unfinished work on disk.
+    The predictions of that model lie in RAM, and with its hidden states and the unfinished work on disk.
     """
     if setting.refining is None:
         return None
@@ -135,7 +135,8 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
     (needs["gpu"] or needs["ram"])["adapters and optimizer"] += guard
     needs["ram"]["predictions"] = windows * calibration.length * each
     asking = _asking_needs(setting, needs, windows, dtype)
-    kept = windows * calibration.length * each + 2 * guard
+    hidden = setting.outline.width * dtype.itemsize if params.hidden_weight else 0
+    kept = windows * calibration.length * (each + hidden) + 2 * guard
     size, work = setting.result.total, windows * calibration.length * TOKEN + max(kept, asking["mapped"])
     disk = {"quantized model": size, "result": size, "unfinished work": work}
     gpu = needs["gpu"] and memory.worse(asking["gpu"], needs["gpu"])

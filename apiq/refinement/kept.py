@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,6 +48,15 @@ class Kept:
         """The rows that were kept under `name`, piece by piece in their order."""
         return [load_file(path)["rows"] for path in sorted(self.folder.glob(f"{name}-*.safetensors"))]
 
+    def rows(self, name: str) -> Rows:
+        """The same, without reading them."""
+        return Rows(sorted(self.folder.glob(f"{name}-*.safetensors")))
+
+    def forget(self, name: str) -> None:
+        """Remove the pieces that were kept under `name`."""
+        for path in self.folder.glob(f"{name}-*.safetensors"):
+            path.unlink()
+
     def keep(self, name: str, start: int, rows: Tensor) -> None:
         """Write the piece of `name` whose first row is number `start` of all."""
         with replacing(self.folder / f"{name}-{start:09d}.safetensors") as temporary:
@@ -77,3 +88,29 @@ class Kept:
     def _note_cost(self) -> None:
         cost = self.cost()
         write_json(self.folder / SPENT, {key: cost[key] for key in ("seconds", "cpu_seconds")})
+
+
+class Rows:
+    """Rows in several files, read when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths, self._ends = paths, []
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                self._ends.append(len(self) + file.get_slice("rows").get_shape()[0])
+
+    def __len__(self) -> int:
+        """Their number."""
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, batch: slice) -> Tensor:
+        """Some of them that follow each other."""
+        found, start = [], batch.start
+        while start < batch.stop:
+            place = bisect.bisect_right(self._ends, start)
+            first, end = ([0, *self._ends])[place : place + 2]
+            stop = min(batch.stop, end)
+            with safe_open(self._paths[place], framework="pt") as file:
+                found.append(file.get_slice("rows")[start - first : stop - first])
+            start = stop
+        return torch.cat(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from apiq.progress import Progress, Step, silent
 from apiq.refine_params import RefineParams
 from apiq.refinement.divergence import divergence
 from apiq.refinement.generation import generated
-from apiq.refinement.kept import Kept
+from apiq.refinement.hidden import distance, hidden_states
+from apiq.refinement.kept import Kept, Rows
 from apiq.refinement.teacher import Predictions, predictions
 from apiq.refinement.trained import Trained
 from apiq.work import alone, code_version, fingerprint, work_folder
 
 LOSSES = "refine.csv"
+HIDDEN = "hidden"
 
 
 def refine(
@@ -48,7 +51,8 @@ def refine(
     """Train adapters and scales of the quantized model in `folder` against the predictions of the `original` model.
 
     Minimised is the mean over all positions of KL(p || q), with p of the full-precision and q of the quantized
-    model, on `windows` (n, length) and on windows that the quantized model writes. Codes and zero points stay. A
+    model, plus `params.hidden_weight` times the relative squared distance of their last hidden states, on
+    `windows` (n, length) and on windows that the quantized model writes. Codes and zero points stay. A
     run that was stopped is taken up after its last finished pass, or batch of written windows, by the same call.
 
     Returns:
@@ -76,13 +80,17 @@ def refine(
     with alone(work_folder(_identity(params, facts, windows))) as work:
         kept = Kept(work, meter)
         everything = _everything(loaded.model, windows, params, progress, kept)
-        told = kept.once(
-            "predictions",
-            lambda: vars(predictions(source.stream, everything, params.top_k, device, compute, kept.folder, progress)),
-        )
-        teacher = Predictions(told["logs"], told.get("index"))
+
+        def ask() -> dict[str, Tensor | None]:
+            kept.forget(HIDDEN)
+            keep = partial(kept.keep, HIDDEN) if params.hidden_weight else None
+            return vars(
+                predictions(source.stream, everything, params.top_k, device, compute, kept.folder, progress, keep)
+            )
+
+        teacher = Predictions(**{"index": None, **kept.once("predictions", ask)})
         trained = Trained(loaded.model, params.lr_scales > 0, params.adapter_bits)
-        lesson = _Lesson(trained, everything, teacher, device, compute)
+        lesson = _Lesson(trained, everything, teacher, device, compute, kept.rows(HIDDEN), params.hidden_weight)
         with dense(trained.model):
             first = kept.once("first", lambda: {"loss": lesson.mean(len(windows), params.batch_size)})["loss"]
             trace = lesson.learn(params, kept, progress)
@@ -118,10 +126,12 @@ class _Lesson:
     """The loss of a packed model on windows with the predictions of its teacher."""
 
     def __init__(
-        self, trained: Trained, windows: Tensor, teacher: Predictions, device: torch.device, compute: torch.dtype
-    ):
+        self, trained: Trained, windows: Tensor, teacher: Predictions, device: torch.device, compute: torch.dtype,
+        hidden: Rows | None = None, hidden_weight: float = 0.0,
+    ):  # fmt: skip
         self.trained, self.windows, self.teacher = trained, windows, teacher
         self.device, self.compute = device, compute
+        self.hidden, self.hidden_weight = hidden, hidden_weight
 
     def loss(self, batch: slice) -> Tensor:
         """Mean divergence over the positions of some windows."""
@@ -129,6 +139,17 @@ class _Lesson:
             logits = self.trained.model(input_ids=self.windows[batch].to(self.device), use_cache=False).logits
         index = None if self.teacher.index is None else self.teacher.index[batch].to(self.device)
         return divergence(logits, self.teacher.logs[batch].to(self.device), index)
+
+    def losses(self, batch: slice) -> tuple[Tensor, Tensor]:
+        """What is minimised, the divergence with the weighted distance of the hidden states, and the divergence."""
+        if self.hidden is None or not self.hidden_weight:
+            loss = self.loss(batch)
+            return loss, loss
+        assert self.teacher.power is not None
+        with hidden_states(self.trained.base) as seen:
+            loss = self.loss(batch)
+        away = distance(seen[0], self.hidden[batch].to(self.device), float(self.teacher.power))
+        return loss + self.hidden_weight * away, loss
 
     def scale(self, size: int) -> float | None:
         """What to multiply the loss of `size` windows by before the backward pass in float16: its positions.
@@ -159,10 +180,10 @@ class _Lesson:
         total, shown = params.epochs * len(self.windows), {"done": 0, "loss": None}
 
         def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
-            loss = self.loss(batch)
+            losses = self.losses(batch)
             shown["done"] += batch.stop - batch.start
             progress(Step("refine", min(shown["done"], total), total, f"window {shown['done']}/{total}", shown["loss"]))
-            return loss, loss
+            return losses
 
         def report(epoch: int, loss: float) -> None:
             shown.update(done=epoch * len(self.windows), loss=loss)

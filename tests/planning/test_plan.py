@@ -152,6 +152,9 @@ def test_refining_is_counted_with_the_predictions_that_it_learns_from(folder):
     assert told["refine"]["ram"]["predictions"] == positions * 8 * (4 + 4)
     everything = plan(params(folder, refine={"top_k": 100, "generated": 3}), timed=False)["refine"]["ram"]
     assert everything["predictions"] == positions * 61 * 4
+    without = plan(params(folder, refine={"top_k": 100, "generated": 3, "hidden_weight": 0}), timed=False)["refine"]
+    more = plan(params(folder, refine={"top_k": 100, "generated": 3, "device": "cpu"}), timed=False)["refine"]
+    assert more["disk"]["unfinished work"] - without["disk"]["unfinished work"] == positions * 32 * 4, "hidden states"
     trained = told["result"]["adapter_parameters"]
     assert told["refine"]["ram"]["adapters and optimizer"] == 7 * 4 * trained
     assert told["finetune"]["ram"]["adapters and optimizer"] == 4 * 4 * trained

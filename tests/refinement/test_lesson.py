@@ -61,3 +61,33 @@ def test_the_mean_is_taken_of_fewer_windows_at_a_time_where_memory_runs_out(make
     monkeypatch.setattr(run, "divergence", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(ApiqError, match="not enough memory for the divergence"):
         lesson.mean(5, 4)
+
+
+def test_the_hidden_states_are_minimised_beside_the_divergence(make, windows, tmp_path):
+    """The gradient is that of KL + w ||h - t||^2 / ||t||^2, written down plainly."""
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randn(6, 16, 32, generator=generator)
+    kept = Kept(tmp_path, Meter())
+    for start in (0, 4):
+        kept.keep("hidden", start, targets[start : start + 4])
+    gradients = []
+    for plain in (True, False):
+        trained = Trained(load(make(), trainable=True).model.eval(), False)
+        model = trained.model
+        with torch.no_grad():
+            teacher = Predictions(*top(model(input_ids=windows, use_cache=False).logits.flip(0), 61))
+        if plain:
+            hidden = trained.base.model(input_ids=windows, use_cache=False).last_hidden_state
+            divergence = run.divergence(trained.base.lm_head(hidden), teacher.logs, None)
+            loss = divergence + 0.7 * (hidden - targets).square().sum() / targets.square().sum()
+        else:
+            teacher = Predictions(teacher.logs, None, targets.square().mean())
+            lesson = run._Lesson(trained, windows, teacher, CPU, torch.float32, kept.rows("hidden"), 0.7)
+            loss, divergence = lesson.losses(slice(0, 6))
+            assert divergence.item() == pytest.approx(lesson.loss(slice(0, 6)).item())
+        loss.backward()
+        gradients.append(
+            [loss.item(), divergence.item(), torch.cat([each.grad.flatten() for each in trained.adapters])]
+        )
+    assert gradients[1][:2] == pytest.approx(gradients[0][:2], rel=1e-5)
+    torch.testing.assert_close(gradients[1][2], gradients[0][2], rtol=1e-4, atol=1e-7)

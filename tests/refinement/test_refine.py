@@ -41,6 +41,7 @@ def content(folder):
         {},
         {"top_k": 8, "lr_scales": 0.01, "activation_checkpointing": True},
         {"generated": 0, "lr_scales": 0.01},
+        {"hidden_weight": 0.0},
         {"adapter_bits": 8},
         {"adapter_bits": 4},
     ],

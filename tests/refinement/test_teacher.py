@@ -1,5 +1,6 @@
 """What streams through the blocks predicts what the whole model does."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -8,8 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apiq.checkpoint.loading import full_precision
+from apiq.errors import ApiqError
+from apiq.meter import Meter
 from apiq.refinement import teacher
 from apiq.refinement.divergence import top
+from apiq.refinement.kept import Kept
 from apiq.refinement.teacher import predictions
 
 CPU = torch.device("cpu")
@@ -70,3 +74,29 @@ def test_the_teacher_takes_fewer_windows_where_memory_runs_out(original, windows
     found = predictions(stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None)
     torch.testing.assert_close(found.logs, whole.logs)
     torch.testing.assert_close(found.index, whole.index)
+
+
+@pytest.mark.parametrize("tokens", [5, 61 * 16])
+def test_the_hidden_states_kept_are_those_of_the_whole_model(original, windows, tmp_path, monkeypatch, tokens):
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model.model(input_ids=windows, use_cache=False).last_hidden_state
+    monkeypatch.setattr(teacher, "LOGITS", tokens * 61 * 4)
+    kept = Kept(tmp_path, Meter())
+    stream = full_precision(original).stream
+    found = predictions(
+        stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None, partial(kept.keep, "hidden")
+    )
+    rows = kept.rows("hidden")
+    assert len(rows) == len(windows)
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            torch.testing.assert_close(rows[start:stop], expected[start:stop])
+    assert float(found.power) == pytest.approx(float(expected.square().mean()), rel=1e-6)
+
+
+def test_a_model_that_does_not_name_its_head_is_refused(original, windows, tmp_path, monkeypatch):
+    stream = full_precision(original).stream
+    monkeypatch.setattr(type(stream.model), "get_output_embeddings", lambda self: None)
+    with pytest.raises(ApiqError, match=r"set refine\.hidden_weight to 0"):
+        predictions(stream, windows, 5, CPU, torch.float32, tmp_path, lambda step: None, lambda start, rows: None)
