@@ -61,10 +61,17 @@ def _has_triton(device: torch.device) -> bool:
 
 @functools.cache
 def _has_cpp_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    """Whether a C++ compiler builds what torch.compile writes: one without Python's headers does not."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor import config
 
     try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
+        with config.patch(force_disable_caches=True):
+            torch.compile(_twice, dynamic=False)(torch.ones(16))
+    except (BackendCompilerFailed, OSError):
         return False
+    return True
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x + x

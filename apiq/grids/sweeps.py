@@ -91,7 +91,8 @@ def _sweep(
     function: Callable[..., None], width: int, weights: Sequence[Tensor], per_group: Sequence[Tensor], **settings: int
 ) -> None:
     """Call `function` on all of the tensors, compiled or piece by piece; it writes into one of them."""
-    if pays(weights[0]) and weights[0].shape[1] % width == 0:
+    rows = all(V.is_contiguous() for V in weights)  # those of GPT-2 are columns: its weights are transposed
+    if pays(weights[0]) and rows and weights[0].shape[1] % width == 0:
         one_pass(function, *(V.view(-1, width) for V in weights), *(v.view(-1, 1) for v in per_group), **settings)
         return
     for piece in pieces(width, weights, per_group):

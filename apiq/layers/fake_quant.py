@@ -90,9 +90,8 @@ class FakeQuantLinear(nn.Linear):
 
     def forward(self, input: Tensor, low_rank: LowRank | None = None) -> Tensor:
         """X Q^T + bias, (..., out), for X (..., in); with `low_rank` c (X A^T) B^T on top of it."""
-        if self.joint is not None:
-            return F.linear(input, self.joint, self.bias)
-        if self.temperature:
+        if self.joint is not None or self.temperature:
+            assert low_rank is None, "neither is computed with LoRA beside it"
             return F.linear(input, self.weight, self.bias)
         s, z = self.scale_and_zero()
         stored = self.full_weight.dtype

@@ -115,7 +115,9 @@ class _Product(torch.autograd.Function):
         if needed[2]:
             for_bias = flat.sum(0)
         if P is not None and needed[3]:
-            for_A, for_B = (P.t() @ inputs).float(), (flat.t() @ H).float().mul_(ctx.c)
+            for_A = (P.t() @ inputs).float()
+        if P is not None and needed[4]:
+            for_B = (flat.t() @ H).float().mul_(ctx.c)
         return for_input, for_scale, for_bias, for_A, for_B, for_weight, None, None, None, None, None
 
 

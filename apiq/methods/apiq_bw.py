@@ -59,15 +59,13 @@ class ApiqBlockwise:
             def report(epoch: int, loss: float, turn: Turn = turn) -> None:
                 problem.report(turn.share(epoch / params.epochs), loss, f"{turn.label}epoch {epoch}/{params.epochs}")
 
-            where = f"block {problem.index}"
+            where, named = f"block {problem.index}", names(problem.block)
             with contextlib.ExitStack() as stack:
                 anneal = stack.enter_context(annealed(fit.fakes.values(), params))
                 if anneal is None:
                     stack.enter_context(jointly(problem.block))
                 stack.enter_context(many(fit.weights * steps(len(Xq), params)))
-                objective = Objective(
-                    loss_of, len(Xq), where, problem.weight, names(problem.block), scale, anneal=anneal
-                )
+                objective = Objective(loss_of, len(Xq), where, problem.weight, named, scale, anneal=anneal)
                 trace = descend(fit.groups(turn), objective, params, problem.seed, report)
             curves = joined(curves, trace.curves("block", first))
             if turn.grid:

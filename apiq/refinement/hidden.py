@@ -6,9 +6,26 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from apiq.errors import ApiqError
+
+
+def head_of(model: Any) -> nn.Module:
+    """The module that makes logits of hidden states, in a model with adapters or without.
+
+    Raises:
+        ApiqError: the model does not say which of its modules is the head.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ApiqError(
+            f"{type(base).__name__} does not name its head, so its last hidden states are not known: "
+            "set refine.hidden_weight to 0."
+        )
+    return head
 
 
 @contextlib.contextmanager
@@ -16,15 +33,10 @@ def hidden_states(model: Any) -> Iterator[list[Tensor]]:
     """Within it, the list has what the head of `model` was given last, (batch, length, width), and nothing else.
 
     Raises:
-        ApiqError: the model does not say which of its modules is the head.
+        ApiqError: see `head_of`.
     """
-    head, seen = model.get_output_embeddings(), []
-    if head is None:
-        raise ApiqError(
-            f"{type(model).__name__} does not name its head, so its last hidden states are not known: "
-            "set refine.hidden_weight to 0."
-        )
-    handle = head.register_forward_pre_hook(lambda _, given: seen.__setitem__(slice(None), given[:1]))
+    seen: list[Tensor] = []
+    handle = head_of(model).register_forward_pre_hook(lambda _, given: seen.__setitem__(slice(None), given[:1]))
     try:
         yield seen
     finally:

@@ -57,11 +57,15 @@ class Kept:
         for path in self.folder.glob(f"{name}-*.safetensors"):
             path.unlink()
 
-    def keep(self, name: str, start: int, rows: Tensor) -> None:
-        """Write the piece of `name` whose first row is number `start` of all."""
+    def keep(self, name: str, start: int, rows: Tensor, whole: bool = True) -> None:
+        """Write the piece of `name` whose first row is number `start` of all.
+
+        With `whole` it is of use by itself, so that the time until now is not lost whatever happens.
+        """
         with replacing(self.folder / f"{name}-{start:09d}.safetensors") as temporary:
             save_file({"rows": rows.contiguous()}, temporary)
-        self._note_cost()
+        if whole:
+            self._note_cost()
 
     def load(self) -> dict[str, Any] | None:
         """The state of the descent, or None before its first pass has ended.

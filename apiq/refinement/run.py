@@ -30,7 +30,7 @@ from apiq.progress import Progress, Step, silent
 from apiq.refine_params import RefineParams
 from apiq.refinement.divergence import divergence
 from apiq.refinement.generation import generated
-from apiq.refinement.hidden import distance, hidden_states
+from apiq.refinement.hidden import distance, head_of, hidden_states
 from apiq.refinement.kept import Kept, Rows
 from apiq.refinement.teacher import Predictions, predictions
 from apiq.refinement.trained import Trained
@@ -62,7 +62,7 @@ def refine(
 
     Raises:
         ApiqError: `original` is not the model that `folder` was made from, the windows do not fit, a file is
-            damaged, or the loss is not finite whatever the rate.
+            damaged, the loss is not finite whatever the rate, or hidden states count and the model names no head.
     """
     if not params.epochs:
         raise ApiqError(
@@ -76,6 +76,8 @@ def refine(
     require_original(facts, folder, source.folder)
     loaded = load(folder, dtype=params.dtype, device=params.device, trainable=True)
     refuse(loaded.model, windows)
+    if params.hidden_weight:
+        head_of(loaded.model)
     loaded.model.eval()
     with alone(work_folder(_identity(params, facts, windows))) as work:
         kept = Kept(work, meter)
@@ -83,7 +85,7 @@ def refine(
 
         def ask() -> dict[str, Tensor | None]:
             kept.forget(HIDDEN)
-            keep = partial(kept.keep, HIDDEN) if params.hidden_weight else None
+            keep = partial(kept.keep, HIDDEN, whole=False) if params.hidden_weight else None
             return vars(
                 predictions(source.stream, everything, params.top_k, device, compute, kept.folder, progress, keep)
             )

@@ -58,7 +58,7 @@ def draw(sweep: Sweep, cells: Cells, folder: Path) -> None:
 
 
 def marks(sweep: Sweep, cells: Cells, folder: Path) -> list[Mark]:
-    """What is drawn, in the order of the cells; what was not measured is left out.
+    """What is drawn, in the order of the cells; what was not measured, or has no logarithm to be drawn, is left out.
 
     Raises:
         ApiqError: errors.csv of a cell has no such column.
@@ -69,7 +69,7 @@ def marks(sweep: Sweep, cells: Cells, folder: Path) -> list[Mark]:
         name = ", ".join(cell.labels[axis] for axis in sweep.axes if axis not in (*spec.series, spec.mean_over))
         for values in _values(spec, cell.labels, outcome, folder / "cells" / cell.name):
             x, y = values.get(spec.x), next((values[each] for each in spec.y if known(values.get(each))), None)
-            if x is not None and y is not None:
+            if x is not None and y is not None and _drawable(spec, x, y):
                 series = ", ".join(_called(axis, str(values[axis])) for axis in spec.series)
                 found.append(Mark(str(values[spec.panels]) if spec.panels else "", series, x, y, name))
     numeric = all(_number(mark.x) is not None for mark in found)
@@ -77,6 +77,12 @@ def marks(sweep: Sweep, cells: Cells, folder: Path) -> list[Mark]:
         found = [replace(mark, x=float(mark.x)) for mark in found]
     measured = numeric and spec.data == "cells" and spec.x not in sweep.axes
     return _means(found, measured) if spec.mean_over else found
+
+
+def _drawable(spec: FigureSpec, x: Any, y: float) -> bool:
+    """Whether a logarithmic axis has a place for it."""
+    number = _number(x)
+    return not (spec.log_y and y <= 0) and not (spec.log_x and number is not None and number <= 0)
 
 
 def _means(found: Sequence[Mark], measured: bool) -> list[Mark]:

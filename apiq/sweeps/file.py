@@ -74,7 +74,8 @@ class Column(Section):
     """A measured quantity in the table."""
 
     metric: str
-    """Its path in data/metrics.json, or timing.STAGE.KEY; a * stands for anything, as in quantized.perplexity.*."""
+    """Its path in data/metrics.json, lost.MODEL.TEXT, or timing.STAGE.KEY (fitting: quantize and refine); a * stands
+    for anything, as in quantized.perplexity.*."""
     written: Literal["number", "duration", "memory"] = "number"
     """How it is shown: seconds as a duration, MiB as memory."""
     digits: Annotated[int, Field(ge=1, le=12)] = 4
@@ -170,6 +171,9 @@ class Sweep(Section):
         for row in self.paper.rows if self.paper else ():
             shape = f"{len(self.axes)} labels ({', '.join(self.axes)}) and {count} numbers"
             require(len(row) == len(self.axes) + count, "paper.rows", row, shape)
+        errors = self.figure is not None and self.figure.data == "errors"
+        over = self.figure.mean_over if self.figure else None
+        require(not (errors and over), "figure.mean_over", over, "left out where data is errors")
         for place, axis, labels in self._references():
             require(axis in self.axes, place, axis, f"one of {', '.join(self.axes)}, the axes of the grid")
             for label in labels:

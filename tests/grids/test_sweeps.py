@@ -81,14 +81,20 @@ def test_what_is_compiled_is_one_graph_with_the_same_result(width, symmetric, mo
 
     plain = swept(torch.float32, grad, W, *rest)
     monkeypatch.setattr(compiled, "_compiled", compiling)
+    monkeypatch.setattr(compiled, "_has_cpp_compiler", lambda: True)
     with compiled.many(compiled.MANY):
         again = swept(torch.float32, grad, W, *rest)
-    assert len(made) == (4 if width == 32 else 0)
+        assert len(made) == (4 if width == 32 else 0)
+        transposed = swept(torch.float32, grad, W.t().contiguous().t(), *rest)
+    assert len(made) == (4 if width == 32 else 0), "the columns of GPT-2 are swept piece by piece"
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    for one, other in zip(plain, transposed, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-6)
 
 
 def test_little_work_or_no_compiler_means_that_nothing_is_compiled(monkeypatch):
     W = torch.ones(2, 2)
+    monkeypatch.setattr(compiled, "_has_cpp_compiler", lambda: True)
     with compiled.many(compiled.MANY - 1):
         assert not compiled.pays(W)
     with compiled.many(compiled.MANY):
@@ -98,6 +104,19 @@ def test_little_work_or_no_compiler_means_that_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(compiled, "_has_cpp_compiler", lambda: False)
     with compiled.many(compiled.MANY):
         assert not compiled.pays(W)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_answers_but_does_not_compile_is_none(tmp_path):
+    asked = compiled._has_cpp_compiler.__wrapped__
+    assert asked(), "this machine has one"
+    broken = tmp_path / "g++"
+    broken.write_text('#!/bin/sh\ntest "$1" = --version && exec g++ --version\necho no Python.h >&2; exit 1\n')
+    broken.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(broken))}):
+        torch._dynamo.reset()
+        assert not asked()
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from apiq.adapters.pooled import is_pooled
 from apiq.adapters.pooled import values as pooled_values
@@ -17,9 +18,11 @@ from apiq.checkpoint.adapter_file import PACKED
 from apiq.checkpoint.loading import load
 from apiq.checkpoint.original import find
 from apiq.errors import ApiqError
+from apiq.meter import Meter
 from apiq.params import RefineParams
 from apiq.refinement import generation
 from apiq.refinement.generation import generated
+from apiq.refinement.kept import Kept
 from apiq.refinement.run import refine
 
 
@@ -184,6 +187,35 @@ def test_stopped_without_ram_it_leaves_no_activations_and_ends_in_the_same_bytes
     refine(make(), original, windows, chosen, tmp_path / "tight")
     assert not list(work.iterdir())
     assert content(tmp_path / "tight") == content(tmp_path / "roomy")
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+def test_hidden_states_of_a_pass_that_was_killed_are_made_anew(make, original, windows, tmp_path, work, start):
+    chosen = settings(generated=0, epochs=1, hidden_weight=5.0)
+    refine(make(), original, windows, chosen, tmp_path / "whole")
+
+    def stop(step):
+        if "full-precision model" in step.detail:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        refine(make(), original, windows, chosen, tmp_path / "stopped", stop)
+    (folder,) = (path.parent for path in work.glob("*/.lock"))
+    Kept(folder, Meter()).keep("hidden", start, torch.ones(1, 16, 32), whole=False)
+    assert not (folder / "spent.json").exists(), "its time is lost with it"
+    refine(make(), original, windows, chosen, tmp_path / "stopped")
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_a_model_without_a_named_head_is_refused_before_anything_is_computed(
+    make, original, windows, tmp_path, work, monkeypatch
+):
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    steps = []
+    with pytest.raises(ApiqError, match=r"LlamaForCausalLM does not name its head.*set refine\.hidden_weight to 0"):
+        refine(make(), original, windows, settings(), tmp_path / "out", steps.append)
+    assert not steps
+    refine(make(), original, windows, settings(hidden_weight=0), tmp_path / "out")
 
 
 def test_damaged_work_is_refused_with_what_to_do(make, original, windows, tmp_path, work):

@@ -57,9 +57,23 @@ def test_cells_that_differ_in_their_seed_are_one_mark_with_its_range(kind, tmp_p
     assert ranges == [[1, 6], [3, 9]]
 
 
-def test_the_mean_is_over_an_axis_of_the_grid():
+@pytest.mark.parametrize("wrong", [{"mean_over": "seeds"}, {"mean_over": "rung", "data": "errors"}])
+def test_the_mean_is_over_cells_and_an_axis_of_the_grid(wrong):
     with pytest.raises(ValidationError, match=r"figure\.mean_over"):
         Sweep.model_validate({
             "title": "t", "grid": {"rung": {"low": {}}}, "table": {"rows": ["rung"], "metrics": {"loss": "loss"}},
-            "figure": {"kind": "bar", "x": "rung", "y": "loss", "mean_over": "seeds"},
+            "figure": {"kind": "bar", "x": "rung", "y": "loss", **wrong},
         })  # fmt: skip
+
+
+def test_what_has_no_logarithm_is_left_out_of_a_logarithmic_figure(tmp_path):
+    values = {"title": "t", "grid": {"rung": {"a": {}, "b": {}, "c": {}}},
+              "table": {"rows": ["rung"], "metrics": {"loss": "loss"}}}  # fmt: skip
+    losses = {"a": 0.5, "b": -0.001, "c": 0.0}
+    for log, expected in ((True, ["a"]), (False, ["a", "b", "c"])):
+        sweep = Sweep.model_validate({**values, "figure": {"kind": "scatter", "x": "cost", "y": "loss", "log_y": log}})
+        cells = [
+            (Cell(rung, {"rung": rung}, {}, {}), Outcome("done", None, {"loss": loss, "cost": 1.0}))
+            for rung, loss in losses.items()
+        ]
+        assert [mark.name for mark in marks(sweep, cells, tmp_path)] == expected
