@@ -51,7 +51,10 @@ def product(
     dtype = torch.get_autocast_dtype(kind) if autocast_is_on(kind) else X.dtype
     A, B, c = low_rank or (None, None, 1.0)
     room = room if room is not None and room.dtype == dtype else None
-    return _Product.apply(X.to(dtype), s, bias, A, B, W, z, grid, stored or W.dtype, c, room)
+    Y = _Product.apply(X.to(dtype), s, bias, A, B, W, z, grid, stored or W.dtype, c, room)
+    return Y.view(
+        *X.shape[:-1], len(W)
+    )  # not inside: what a step of autograd gives as a view cannot be added to in place
 
 
 def autocast_is_on(kind: str) -> bool:
@@ -91,14 +94,14 @@ class _Product(torch.autograd.Function):
             Y.addmm_(H, B.t())
         ctx.save_for_backward(X, s, W, z, A, B, H)
         ctx.grid, ctx.stored, ctx.c, ctx.room = grid, stored, c, room
-        return Y.view(*X.shape[:-1], len(W))
+        return Y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         X, s, W, z, A, cB, H = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        flat, inputs = grad.reshape(-1, grad.shape[-1]), X.reshape(-1, X.shape[-1])
+        flat, inputs = grad, X.reshape(-1, X.shape[-1])
         P = None if A is None else flat @ cB
         for_input = for_scale = for_bias = for_weight = for_A = for_B = Q = None
         if needed[5]:
