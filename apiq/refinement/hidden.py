@@ -18,7 +18,7 @@ def head_of(model: Any) -> nn.Module:
     Raises:
         ApiqError: the model does not say which of its modules is the head.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings()
     if head is None:
         raise ApiqError(
