@@ -52,8 +52,9 @@ def test_two_processes_equal_one(original, windows, tmp_path, work, padded):
         assert two["loss_last"] == pytest.approx(one["loss_last"], rel=1e-5)
     for name in linear_names(tmp_path / "alone"):
         one, two = (linear(tmp_path / which, name) for which in ("alone", "together"))
-        torch.testing.assert_close(two.A, one.A, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(two.B, one.B, rtol=1e-4, atol=1e-5)
+        for own, other in ((one.A, two.A), (one.B, two.B)):
+            # where a gradient is all but 0, AdamW makes a step of its sign, which the order of a sum can turn
+            assert (other - own).norm() <= 1e-4 * own.norm()
     assert not list(Path(work).iterdir())
 
 
