@@ -52,9 +52,8 @@ def product(
     A, B, c = low_rank or (None, None, 1.0)
     room = room if room is not None and room.dtype == dtype else None
     Y = _Product.apply(X.to(dtype), s, bias, A, B, W, z, grid, stored or W.dtype, c, room)
-    return Y.view(
-        *X.shape[:-1], len(W)
-    )  # not inside: what a step of autograd gives as a view cannot be added to in place
+    # A view, but not one made inside: PEFT adds to outputs in place, which autograd forbids to views from a Function.
+    return Y.view(*X.shape[:-1], len(W))
 
 
 def autocast_is_on(kind: str) -> bool:
