@@ -2,9 +2,10 @@
 
     python -m benchmarks.engine                                      # CPU: width 1024, 512 tokens, fp32 and bf16
     python -m benchmarks.engine --device cuda --width 4096 8192 --tokens 2048 --dtypes bfloat16 float32
+    python -m benchmarks.engine --width 128 --tokens 256 --group-size 32 --rank 16 --dtypes float32     # a small block
 
 Four things take turns in one process, on the same block, windows and adapters; their fastest round counts:
-- `engine`: a step as `apiq quantize` makes it where many are to come, forward, backward and AdamW;
+- `engine`: a step as `apiq quantize` makes it for 20 passes over 128 windows, forward, backward and AdamW;
 - `reference`: the same step of the transcription in benchmarks/reference.py;
 - `floor`: forward and backward of the same block with plain trainable linears, no quantizer, adapter or optimizer;
 - `forward`: forward of that block without gradients.
@@ -31,7 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from apiq.blocks.activations import Activations, Home
 from apiq.blocks.capture import BlockCall
 from apiq.blocks.problem import Problem
-from apiq.grids.compiled import MANY, many
+from apiq.grids.compiled import many
 from apiq.layers.joint import jointly
 from apiq.methods.fitting import Fit, Turn
 from apiq.methods.flat import Group, Optimizer
@@ -39,7 +40,7 @@ from apiq.params import QuantizeParams
 from benchmarks.machine import RESULTS, extra_memory, fastest, write
 from benchmarks.reference import ReferenceLinear, reference_block
 
-RANK, GROUP = 64, 64
+STEPS = 20 * 128
 WHOLE = Turn(0, 1, grid=True, adapters=True)
 
 
@@ -50,26 +51,32 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[1024])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device)
+    params = QuantizeParams(recipe="paper", bits=2, group_size=chosen.group_size, rank=chosen.rank)
     rows = []
     for width in chosen.width:
         for name in chosen.dtypes:
-            rows.append(measure(width, chosen.tokens, getattr(torch, name), device, chosen.rounds))
+            problem = one_block(width, chosen.tokens, getattr(torch, name), device)
+            rows.append(measure(problem, params, chosen.rounds))
             print(rows[-1], flush=True)
-    protocol = {"bits": 2, "group_size": GROUP, "rank": RANK, "rounds": chosen.rounds, "inner": "2.75 width"}
+    protocol = {
+        "bits": 2, "group_size": chosen.group_size, "rank": chosen.rank, "rounds": chosen.rounds, "inner": "2.75 width"
+    }  # fmt: skip
     write("-".join(["engine", device.type, *chosen.dtypes]), {"protocol": protocol, "rows": rows}, device, chosen.out)
 
 
-def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(problem: Problem, params: QuantizeParams, rounds: int) -> dict[str, Any]:
     """One row: seconds and bytes of each, their ratios, and how far the gradients are apart."""
-    problem = one_block(width, tokens, dtype, device)
+    assert problem.Xq is not None
+    device, dtype, (_, tokens, width) = problem.Xq.device, problem.Xq.rows.dtype, problem.Xq.rows.shape
     plain = copy.deepcopy(problem.block)
-    params = QuantizeParams(recipe="paper", bits=2, group_size=GROUP, rank=RANK)
     fit = Fit(problem, params)
     twin = reference_block(problem.block)
     steps = {
@@ -78,7 +85,7 @@ def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, r
         "floor": plain_step(problem, plain),
         "forward": forward_pass(problem, plain),
     }
-    with jointly(problem.block), many(MANY):
+    with jointly(problem.block), many(fit.weights * STEPS):
         time = fastest(steps, device, rounds)
         memory = {name: extra_memory(step, device) for name, step in steps.items()}
     row: dict[str, Any] = {

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from apiq.params import QuantizeParams
 from benchmarks import machine
-from benchmarks.engine import measure
+from benchmarks.engine import measure, one_block
 
 CPU = torch.device("cpu")
 
@@ -12,7 +13,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_compares_the_four_and_their_gradients(dtype, monkeypatch):
     monkeypatch.setattr(machine, "TURN", 0.0)
-    row = measure(width=128, tokens=16, dtype=dtype, device=CPU, rounds=1)
+    params = QuantizeParams(recipe="paper", bits=2, group_size=32, rank=16)
+    row = measure(one_block(128, 16, dtype, CPU), params, rounds=1)
+    assert (row["width"], row["tokens"]) == (128, 16)
     assert all(row["seconds"][name] > 0 for name in ("engine", "reference", "floor", "forward"))
     assert row["extra_mb"]["forward"] < row["extra_mb"]["floor"] < row["extra_mb"]["reference"]
     assert row["engine_to_floor"] == pytest.approx(row["seconds"]["engine"] / row["seconds"]["floor"], rel=0.05)
