@@ -28,7 +28,7 @@ def join(device: torch.device) -> torch.device:
                 f"accelerate is set to {kind}, which divides a model; packed weights stay whole in every process: "
                 "launch with --multi_gpu, or choose plain multi-GPU in `accelerate config`."
             )
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
+    if launched() == 1 or "MASTER_ADDR" not in os.environ:
         return device
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -37,6 +37,11 @@ def join(device: torch.device) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def launched() -> int:
+    """How many processes were started together with this one, itself among them, whether they have joined or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

@@ -72,13 +72,19 @@ def _completed(model: nn.Module, blocks: nn.ModuleList, windows: Tensor, output:
     try:
         for block in blocks:
             block.forward = lambda *_, **__: output
-        logits = model(input_ids=windows, use_cache=False).logits
+        logits = model(input_ids=windows, use_cache=False, **_without_routers(model)).logits
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
     if logits.shape[:2] != windows.shape:  # what should have been in a tuple was taken for one
         raise ValueError(f"{tuple(logits.shape)} are no logits for windows {tuple(windows.shape)}")
     return logits
+
+
+def _without_routers(model: nn.Module) -> dict[str, bool]:
+    """No loss of the routers of a mixture of experts, which its config.json may ask for: the blocks do not run here."""
+    config: Any = model.config
+    return {"output_router_logits": False} if getattr(config.get_text_config(), "output_router_logits", False) else {}
 
 
 def counted(windows: Tensor) -> Tensor | None:

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apiq.checkpoint import manifest
-from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
+from apiq.checkpoint.adapter_file import is_rounded, read_adapter, write_adapter_file
 from apiq.checkpoint.layout import INDEX
 from apiq.files import new_folder, read_json
+from apiq.grids.absmax import rounded
 
 
 def rewritten(
@@ -38,8 +39,19 @@ def rewritten(
         _replace(new / file, values)
     if adapters:
         before = read_adapter(folder / "adapter")
-        kept = {name: value.detach().to(before[name].dtype) for name, value in adapters.items()}
-        write_adapter_file(new / "adapter", before | kept, adapter_bits)
+        write_adapter_file(new / "adapter", before | _narrowed(adapters, before), adapter_bits)
+
+
+def as_read(folder: Path, adapters: Mapping[str, Tensor], adapter_bits: int | None = None) -> dict[str, Tensor]:
+    """What is read of `adapters` once `rewritten` has written them."""
+    values = _narrowed(adapters, read_adapter(folder / "adapter", adapters)) if adapters else {}
+    if adapter_bits is None:
+        return values
+    return {name: rounded(value, adapter_bits) if is_rounded(name, value) else value for name, value in values.items()}
+
+
+def _narrowed(adapters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to(before[name].dtype) for name, value in adapters.items()}
 
 
 def without_adapters(folder: Path, new: Path) -> None:

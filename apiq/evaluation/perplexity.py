@@ -83,6 +83,8 @@ def refuse(model: torch.nn.Module, windows: torch.Tensor) -> None:
     context = context_length(model)
     if context is not None and length > context:
         raise ApiqError(f"the windows have {length} tokens; the context of the model takes at most {context}.")
+    if int(windows.min()) < 0:
+        raise ApiqError(f"the windows hold {int(windows.min())}, which is no token; every position must be one here.")
     vocabulary = text_config(model).vocab_size
     if int(windows.max()) >= vocabulary:
         raise ApiqError(

@@ -28,9 +28,12 @@ SHARE = 4
 
 @torch.no_grad()
 def generated(
-    model: Any, windows: Tensor, count: int, prompt: int, seed: int, progress: Progress, kept: Kept | None = None
-) -> Tensor:
+    model: Any, windows: Tensor, count: int, prompt: int, seed: int, dtype: torch.dtype, progress: Progress,
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
     """`count` windows (count, length) of the length of `windows` (n, length), sampled from `model` as it is.
+
+    `dtype` is what the model computes in, and so what its keys and values take.
 
     Each goes on from `prompt` tokens of one of `windows`, taken at a random place. What a quantized model says is
     where it will be used, and where its own errors lead it (on-policy distillation, arXiv 2306.13649); the
@@ -62,19 +65,22 @@ def generated(
         found.append(rows)
         progress(Step("refine", batch.stop, count, f"the quantized model writes window {batch.stop}/{count}"))
 
-    size = _at_once(model, length, device)
+    size = _at_once(model, length, device, dtype)
     if found:
         size = min(size, len(found[-1]))  # the batches of a run that was not stopped
     in_parts(count - begun, size, write, "the generation of windows")
     return torch.cat(found)
 
 
-def _at_once(model: Any, length: int, device: torch.device) -> int:
+def _at_once(model: Any, length: int, device: torch.device, dtype: torch.dtype) -> int:
     """How many windows to write side by side: a power of 2, which a little more or less free memory seldom changes."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * config.num_hidden_layers * heads * width * length * torch.finfo(model.dtype).bits // 8
+    queries = getattr(config, "num_attention_heads", None)
+    if queries is None:  # without attention a window keeps a state, not keys and values
+        return AT_ONCE
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    each = 2 * config.num_hidden_layers * heads * width * length * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
     fitting = max(1, min(AT_ONCE, free // SHARE // each))
     return 1 << fitting.bit_length() - 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,22 +36,33 @@ class Kept:
         return {**now, **{key: round(now[key] + self._before.get(key, 0.0), 3) for key in ("seconds", "cpu_seconds")}}
 
     def once(self, name: str, make: Callable[[], Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
-        """What `make` gives, without what is None; made and written the first time, read after that."""
+        """What `make` gives, without what is None; made and written the first time, read after that.
+
+        Raises:
+            ApiqError: what was written is damaged.
+        """
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             tensors = {key: value.contiguous() for key, value in make().items() if value is not None}
             with replacing(path) as temporary:
                 save_file(tensors, temporary)
             self._note_cost()
-        return load_file(path)
+        with self._whole():
+            return load_file(path)
 
     def pieces(self, name: str) -> list[Tensor]:
-        """The rows that were kept under `name`, piece by piece in their order."""
-        return [load_file(path)["rows"] for path in sorted(self.folder.glob(f"{name}-*.safetensors"))]
+        """The rows that were kept under `name`, piece by piece in their order.
+
+        Raises:
+            ApiqError: one of them is damaged.
+        """
+        with self._whole():
+            return [load_file(path)["rows"] for path in sorted(self.folder.glob(f"{name}-*.safetensors"))]
 
     def rows(self, name: str) -> Rows:
         """The same, without reading them."""
-        return Rows(sorted(self.folder.glob(f"{name}-*.safetensors")))
+        with self._whole():
+            return Rows(sorted(self.folder.glob(f"{name}-*.safetensors")))
 
     def forget(self, name: str) -> None:
         """Remove the pieces that were kept under `name`."""
@@ -76,18 +88,23 @@ class Kept:
         path = self.folder / STATE
         if not path.exists():
             return None
-        try:
+        with self._whole():
             return torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ApiqError(
-                f"the unfinished work in {self.folder} is damaged ({type(error).__name__}); delete it and start again."
-            ) from None
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state of the descent."""
         with replacing(self.folder / STATE) as temporary:
             torch.save(state, temporary)
         self._note_cost()
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ApiqError(
+                f"the unfinished work in {self.folder} is damaged ({type(error).__name__}); delete it and start again."
+            ) from None
 
     def _note_cost(self) -> None:
         cost = self.cost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.card import card
 from apiq.checkpoint.loading import full_precision, load
 from apiq.checkpoint.original import require_original
-from apiq.checkpoint.rewriting import rewritten
+from apiq.checkpoint.rewriting import as_read, rewritten
 from apiq.device import pick_device, pick_dtype, precision
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import refuse
@@ -28,9 +29,10 @@ from apiq.methods.descent import Objective, Trace, descend
 from apiq.methods.flat import names
 from apiq.progress import Progress, Step, silent
 from apiq.refine_params import RefineParams
+from apiq.refinement.admission import refuse_folder, refuse_model
 from apiq.refinement.divergence import divergence
 from apiq.refinement.generation import generated
-from apiq.refinement.hidden import distance, head_of, hidden_states
+from apiq.refinement.hidden import distance, hidden_states
 from apiq.refinement.kept import Kept, Rows
 from apiq.refinement.teacher import Predictions, predictions
 from apiq.refinement.trained import Trained
@@ -62,7 +64,7 @@ def refine(
 
     Raises:
         ApiqError: `original` is not the model that `folder` was made from, the windows do not fit, a file is
-            damaged, the loss is not finite whatever the rate, or hidden states count and the model names no head.
+            damaged, the loss is not finite whatever the rate, or this folder cannot be refined so.
     """
     if not params.epochs:
         raise ApiqError(
@@ -70,18 +72,18 @@ def refine(
         )
     meter, folder = Meter(), Path(folder)
     facts = manifest.verify(folder)
+    refuse_folder(folder, facts, params)
     device = pick_device(params.device)
     compute = pick_dtype(params.dtype, device)
     source = full_precision(original, torch.float32 if compute == torch.float32 else None)
     require_original(facts, folder, source.folder)
     loaded = load(folder, dtype=params.dtype, device=params.device, trainable=True)
-    refuse(loaded.model, windows)
-    if params.hidden_weight:
-        head_of(loaded.model)
     loaded.model.eval()
+    refuse(loaded.model, windows)
+    refuse_model(loaded.model, params)
     with alone(work_folder(_identity(params, facts, windows))) as work:
         kept = Kept(work, meter)
-        everything = _everything(loaded.model, windows, params, progress, kept)
+        everything = _everything(loaded.model, windows, params, compute, progress, kept)
 
         def ask() -> dict[str, Tensor | None]:
             kept.forget(HIDDEN)
@@ -93,14 +95,20 @@ def refine(
         teacher = Predictions(**{"index": None, **kept.once("predictions", ask)})
         trained = Trained(loaded.model, params.lr_scales > 0, params.adapter_bits)
         lesson = _Lesson(trained, everything, teacher, device, compute, kept.rows(HIDDEN), params.hidden_weight)
+        again = device.type == "cuda" if params.activation_checkpointing == "auto" else params.activation_checkpointing
         with dense(trained.model):
             first = kept.once("first", lambda: {"loss": lesson.mean(len(windows), params.batch_size)})["loss"]
-            trace = lesson.learn(params, kept, progress)
+            with trained.recomputing(source.stream.blocks.path) if again else nullcontext():
+                trace = lesson.learn(params, kept, progress)
         trained.settle()
+        adapters = trained.adapter_state()
+        trained.put(as_read(folder, adapters, params.adapter_bits))
         last = lesson.mean(len(windows), params.batch_size)
         result = {"loss_first": float(first), "loss_last": float(last), "windows": len(windows),
                   "generated": len(everything) - len(windows)}  # fmt: skip
-        _write(folder, Path(out), trained, facts, params, trace, result)
+        with new_folder(Path(out)) as new:
+            rewritten(folder, new, trained.scales(), adapters, params.adapter_bits)
+            _describe(new, facts, params, trace, result)
         shutil.rmtree(work)
     return {**result, **kept.cost(), "out": str(out)}
 
@@ -116,11 +124,14 @@ def _identity(params: RefineParams, facts: dict[str, Any], windows: Tensor) -> d
     }
 
 
-def _everything(model: Any, windows: Tensor, params: RefineParams, progress: Progress, kept: Kept) -> Tensor:
+def _everything(
+    model: Any, windows: Tensor, params: RefineParams, compute: torch.dtype, progress: Progress, kept: Kept
+) -> Tensor:
     """Calibration windows, then generated ones."""
     if not params.generated:
         return windows
-    own = generated(model, windows, params.generated * len(windows), params.prompt, params.seed, progress, kept)
+    count = params.generated * len(windows)
+    own = generated(model, windows, count, params.prompt, params.seed, compute, progress, kept)
     return torch.cat([windows, own])
 
 
@@ -163,7 +174,6 @@ class _Lesson:
     @torch.no_grad()
     def mean(self, count: int, size: int) -> Tensor:
         """Mean divergence over the first `count` windows, `size` at a time where memory allows."""
-        self.trained.model.eval()
         losses: list[Tensor] = []
 
         def add(batch: slice) -> None:
@@ -174,11 +184,6 @@ class _Lesson:
 
     def learn(self, params: RefineParams, kept: Kept, progress: Progress) -> Trace:
         """Train what is open of the model."""
-        if params.activation_checkpointing is True or (
-            params.activation_checkpointing == "auto" and self.device.type == "cuda"
-        ):
-            self.trained.checkpoint_activations()
-
         total, shown = params.epochs * len(self.windows), {"done": 0, "loss": None}
 
         def loss_of(batch: slice) -> tuple[Tensor, Tensor]:
@@ -198,17 +203,14 @@ class _Lesson:
         return descend(self.trained.groups(params), objective, params, params.seed, report, kept)
 
 
-def _write(
-    folder: Path, out: Path, trained: Trained, facts: dict[str, Any], params: RefineParams, trace: Trace, result: Any
-) -> None:
-    with new_folder(out) as new:
-        rewritten(folder, new, trained.scales(), trained.adapter_state(), params.adapter_bits)
-        metrics, bits = read_json(new / "metrics.json"), effective_bits(new).as_dict()
-        write_json(new / "metrics.json", {**metrics, "effective_bits": bits["total"], "bits": bits, "refine": result})
-        with open(new / LOSSES, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["epoch", "loss"])
-            rows.writerows([epoch, repr(loss)] for epoch, loss in enumerate(trace.losses, start=1))
-        kept = {key: value for key, value in facts.items() if key not in ("format", "kind", "files")}
-        manifest.write(new, "quantized", **{**kept, "refined": params.model_dump(mode="json")})
-        write_text(new / "README.md", card(new))
+def _describe(new: Path, facts: dict[str, Any], params: RefineParams, trace: Trace, result: dict[str, Any]) -> None:
+    """Write metrics, losses, manifest and model card of the refined checkpoint in `new`."""
+    metrics, bits = read_json(new / "metrics.json"), effective_bits(new).as_dict()
+    write_json(new / "metrics.json", {**metrics, "effective_bits": bits["total"], "bits": bits, "refine": result})
+    with open(new / LOSSES, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["epoch", "loss"])
+        rows.writerows([epoch, repr(loss)] for epoch, loss in enumerate(trace.losses, start=1))
+    kept = {key: value for key, value in facts.items() if key not in ("format", "kind", "files")}
+    manifest.write(new, "quantized", **{**kept, "refined": params.model_dump(mode="json")})
+    write_text(new / "README.md", card(new))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from apiq.adapters.pooled import Pooling, is_pooled
 from apiq.blocks.architecture import replace
-from apiq.errors import ApiqError
 from apiq.grids.absmax import rounded
 from apiq.layers.packed import PackedLinear
 from apiq.layers.scaled import ScaledLinear
@@ -29,9 +32,6 @@ class Trained:
         bits, straight-through.
 
         Scales that are stored in 8 bits (double quantization) stay as they are.
-
-        Raises:
-            ApiqError: nothing can be.
         """
         self.model = model
         adapted = isinstance(model, peft.PeftModel)
@@ -41,7 +41,7 @@ class Trained:
             parameter.data = parameter.data.float()
         pools = adapter_bits is None and is_pooled(model)  # few bits have groups of their own
         self.pooling = Pooling(model, "pooled") if pools else None
-        self.rounded: list[nn.Module] = []
+        self.rounded: list[tuple[nn.Module, str]] = []
         if adapter_bits is not None:
             self._round(adapter_bits)
         self.scaled: dict[str, ScaledLinear] = {}
@@ -49,27 +49,28 @@ class Trained:
             if scales and isinstance(module, PackedLinear) and not module.doubly_quantized:
                 self.scaled[name.replace(".base_layer", "")] = scaled = ScaledLinear(module)
                 replace(self.base, name, scaled)
-        if not (self.adapters or self.scaled):
-            raise ApiqError(
-                "the model has neither adapters nor scales that can be trained: "
-                + ("its scales are stored in 8 bits." if scales else "set refine.lr_scales, as in 0.001.")
-            )
 
     def _round(self, bits: int) -> None:
-        """Let the linears of the adapters compute with rounded weights; other matrices are rounded when stored."""
-        opened = {id(parameter) for parameter in self.adapters}
+        """Let the model compute with adapters whose matrices are rounded, as they will be stored."""
+        opened = {id(parameter) for parameter in self.adapters if parameter.ndim >= 2}
         for module in list(self.model.modules()):
-            if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in opened:
-                parametrize.register_parametrization(module, "weight", _Rounded(bits))
-                self.rounded.append(module)
+            for name, parameter in list(module._parameters.items()):
+                if id(parameter) in opened:
+                    parametrize.register_parametrization(module, name, _Rounded(bits))
+                    self.rounded.append((module, name))
 
     def settle(self) -> None:
         """End the training: the adapters are what the model computed with."""
         if self.pooling is not None:
             self.pooling.release()
-        for module in self.rounded:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        for module, name in self.rounded:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         self.rounded = []
+
+    def put(self, state: Mapping[str, Tensor]) -> None:
+        """Let the model compute with the adapters in `state`, under the names of `adapter_state`."""
+        if isinstance(self.model, peft.PeftModel):
+            peft.set_peft_model_state_dict(self.model, dict(state))
 
     def groups(self, params: RefineParams) -> list[Group]:
         """Adapters and scales with their learning rates."""
@@ -77,16 +78,21 @@ class Trained:
         adapters = Group(self.adapters, params.lr_adapter, params.weight_decay)
         return [adapters, Group(factors, params.lr_scales, 0.0)]
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the inputs of the blocks for the backward pass. Dropout, which comes with it, is turned off."""
-        self.model.train()
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            elif isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
-        how = {"use_reentrant": False}
-        self.base.activation_checkpointing_enable(how)  # pyright: ignore[reportCallIssue]
+    @contextlib.contextmanager
+    def recomputing(self, blocks: str) -> Iterator[None]:
+        """Within it the list of `blocks` of that name keeps only their inputs for the backward pass.
+
+        The model need not be in training mode for it, in which it would drop activations at random.
+        """
+        modules = list(self.base.get_submodule(blocks).children())
+        try:
+            for block in modules:
+                again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                block.forward = again
+            yield
+        finally:
+            for block in modules:
+                block.__dict__.pop("forward", None)
 
     @torch.no_grad()
     def scales(self) -> dict[str, Tensor]:
@@ -94,10 +100,11 @@ class Trained:
         return {name: scaled.settled().scales for name, scaled in self.scaled.items()}
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapters under the names that PEFT saves them by; empty where there are none."""
+        """A copy of the adapters under the names that PEFT saves them by; empty where there are none."""
         if not isinstance(self.model, peft.PeftModel):
             return {}
-        return peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        state = peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return {name: value.clone() for name, value in state.items()}
 
 
 class _Rounded(nn.Module):

@@ -1,5 +1,7 @@
 """Blocks are found, and driven one after another they are the model, whatever its family."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -56,6 +58,17 @@ def test_unusual_families_are_driven_block_by_block_to_their_own_logits(name, pa
         for block, call in zip(blocks, calls, strict=True):
             X = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), batch_size=5)
         assert torch.equal(completed(model, blocks, windows.clamp(min=0), X.rows), expected)
+
+
+def test_a_mixture_that_asks_for_the_loss_of_its_routers_is_completed_without_it():
+    torch.manual_seed(0)
+    config = copy.deepcopy(ZOO["mixtral"].config)
+    config.output_router_logits = True
+    model = AutoModelForCausalLM.from_config(config).eval()
+    windows, hidden = torch.randint(4, WORDS, (2, 8)), torch.randn(2, 8, config.hidden_size)
+    with torch.no_grad():
+        found = completed(model, find_blocks(model).modules, windows, hidden)
+        assert torch.equal(found, model.lm_head(model.model.norm(hidden)))
 
 
 @pytest.fixture(params=ZOO)

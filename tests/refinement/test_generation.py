@@ -10,7 +10,7 @@ from apiq.refinement.generation import _Drawn, generated
 
 
 def written(model, windows, count=8):
-    return generated(model, windows, count, 3, 0, lambda step: None)
+    return generated(model, windows, count, 3, 0, torch.float32, lambda step: None)
 
 
 def test_how_many_are_written_side_by_side_changes_no_window(make, windows, monkeypatch):
@@ -41,7 +41,7 @@ def test_a_little_more_or_less_memory_gives_the_same_batches(make, windows, monk
     model = load(make()).model
     each = 2 * 2 * 2 * 8 * 16 * 4  # keys and values, layers, heads, width, tokens, bytes
     monkeypatch.setattr(generation, "free_ram", lambda: int(free * each * generation.SHARE))
-    assert generation._at_once(model, 16, torch.device("cpu")) == size
+    assert generation._at_once(model, 16, torch.device("cpu"), torch.float32) == size
 
 
 def test_tokens_are_drawn_as_the_softmax_has_them():

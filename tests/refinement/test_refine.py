@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from apiq.adapters.pooled import is_pooled
 from apiq.adapters.pooled import values as pooled_values
@@ -19,7 +19,8 @@ from apiq.checkpoint.loading import load
 from apiq.checkpoint.original import find
 from apiq.errors import ApiqError
 from apiq.meter import Meter
-from apiq.params import RefineParams
+from apiq.params import QuantizeParams, RefineParams
+from apiq.quantization import quantize
 from apiq.refinement import generation
 from apiq.refinement.generation import generated
 from apiq.refinement.kept import Kept
@@ -87,6 +88,31 @@ def test_codes_and_zero_points_stay_and_the_rest_is_trained(make, original, wind
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == (set() if values.get("method") == "qlora" else {"scales"})
     assert {name: value.dtype for name, value in before.items()} == {name: value.dtype for name, value in after.items()}
+
+
+@pytest.mark.parametrize("adapter", ["ia3", "boft", "hra", "randlora", "osf", "dora"])
+def test_whatever_is_stored_in_few_bits_is_trained_and_measured_so(make, original, windows, tmp_path, work, adapter):
+    out = tmp_path / "refined"
+    values = {"adapter_bits": 4, "generated": 0, "lr_adapter": 0.005, "epochs": 3}
+    found = refine(make(adapter=adapter), original, windows, settings(**values), out)
+    with torch.no_grad():
+        full = load(original).model(input_ids=windows).logits.log_softmax(-1)
+        own = load(out).model(input_ids=windows).logits.log_softmax(-1)
+    assert float((full.exp() * (full - own)).sum(-1).mean()) == pytest.approx(found["loss_last"], rel=1e-4)
+
+
+def test_activations_that_are_made_again_change_nothing_where_the_model_would_drop_some(windows, tmp_path, work):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=61, num_attention_heads=4, max_position_embeddings=32, dropout=0.3, **shape)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    quantize(tmp_path / "opt", windows, QuantizeParams(bits=2, group_size=16, rank=4, epochs=1), tmp_path / "made")
+    values = {"epochs": 2, "generated": 0}
+    for again in (False, True):
+        chosen = settings(activation_checkpointing=again, **values)
+        refine(tmp_path / "made", tmp_path / "opt", windows, chosen, tmp_path / str(again))
+    one, other = ((tmp_path / name / "refine.csv").read_text() for name in ("False", "True"))
+    assert one == other
 
 
 @pytest.mark.parametrize("values", [{}, {"lr_scales": 0.01, "generated": 0}])
@@ -218,14 +244,15 @@ def test_a_model_without_a_named_head_is_refused_before_anything_is_computed(
     refine(make(), original, windows, settings(hidden_weight=0), tmp_path / "out")
 
 
-def test_damaged_work_is_refused_with_what_to_do(make, original, windows, tmp_path, work):
+@pytest.mark.parametrize("name", ["descent.pt", "predictions.safetensors", "hidden-*", "generated-*"])
+def test_damaged_work_is_refused_with_what_to_do(make, original, windows, tmp_path, work, name):
     def stop(step):
         if step.loss is not None:
             raise Stopped
 
     with pytest.raises(Stopped):
         refine(make(), original, windows, settings(), tmp_path / "out", stop)
-    (path,) = work.glob("*/descent.pt")
+    path = next(work.glob(f"*/{name}"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ApiqError, match="delete it and start again"):
         refine(make(), original, windows, settings(), tmp_path / "out")
@@ -259,19 +286,11 @@ def test_windows_that_are_too_long_are_refused(make, original, tmp_path, work):
         refine(make(), original, torch.zeros(2, 40, dtype=torch.int64), settings(), tmp_path / "out")
 
 
-def test_a_model_with_nothing_to_train_is_refused(make, original, windows, tmp_path, work):
-    folder = make(method="qlora", bits=4, adapter="none")
-    with pytest.raises(ApiqError, match="neither adapters nor scales"):
-        refine(folder, original, windows, settings(lr_scales=0.01, generated=0), tmp_path / "out")
-    with pytest.raises(ApiqError, match="lr_scales"):
-        refine(make(method="rtn"), original, windows, settings(generated=0), tmp_path / "out")
-
-
 def test_generated_windows_go_on_from_pieces_of_the_given_ones_and_are_the_same_every_time(make, windows):
     model = load(make()).model
-    first, second = (generated(model, windows, 5, 3, seed, lambda step: None) for seed in (0, 0))
+    first, second = (generated(model, windows, 5, 3, seed, torch.float32, lambda step: None) for seed in (0, 0))
     assert torch.equal(first, second) and first.shape == (5, 16)
     pieces = {tuple(row[i : i + 3].tolist()) for row in windows for i in range(14)}
     assert all(tuple(row[:3].tolist()) in pieces for row in first)
-    assert not torch.equal(first, generated(model, windows, 5, 3, 1, lambda step: None))
+    assert not torch.equal(first, generated(model, windows, 5, 3, 1, torch.float32, lambda step: None))
     assert len({tuple(row.tolist()) for row in first}) == 5
