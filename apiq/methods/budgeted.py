@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -70,11 +71,12 @@ class Budgeted:
         Raises:
             ApiqError: the model has no loss, a gradient is not finite, or no choice meets the target.
         """
+        self._require_reachable(whole.stream.blocks.modules)
         offers: dict[str, list[Candidate]] = {}
         whole_shapes: dict[str, tuple[int, int]] = {}
         importance: dict[str, float] = {}
         for index, block, squares in self._blocks(whole):
-            carriers = targets(self.params, shapes(linears(block)), strict=False) if self.adapted else ()
+            carriers = self._carriers(block)
             for name, linear in linears(block).items():
                 W = linear.weight.detach().float()
                 weights = separated(squares[name]) if name in squares else alike(W)
@@ -109,6 +111,20 @@ class Budgeted:
         if self.params.candidate_ranks:
             problem.ranks = {name: choice.rank for name, choice in chosen.items()}
         return self.method.solve(problem)
+
+    def _require_reachable(self, blocks: Iterable[nn.Module]) -> None:
+        """Divide the bits of linears that cost nothing: whether a target can be met, their shapes alone decide."""
+        offers, whole_shapes = {}, {}
+        for index, block in enumerate(unfuse(copy.deepcopy(block)) for block in blocks):
+            carriers, costs = self._carriers(block), [0.0] * len(choices(self.params))
+            for name, shape in shapes(linears(block)).items():
+                offers[f"{index}.{name}"] = offered(shape, self.params, costs, name in carriers)
+                whole_shapes[f"{index}.{name}"] = shape
+        divided(offers, self.params, whole_shapes)
+
+    def _carriers(self, block: nn.Module) -> Collection[str]:
+        """The linears of a block that are to carry adapters."""
+        return targets(self.params, shapes(linears(block)), strict=False) if self.adapted else ()
 
     def _blocks(self, whole: Whole) -> Iterator[tuple[int, nn.Module, dict[str, Tensor]]]:
         """The blocks, each with the Fisher information of its linears where it is asked for."""

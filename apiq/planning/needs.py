@@ -19,8 +19,9 @@ from apiq.planning import memory
 from apiq.planning.machine import Machine
 from apiq.planning.outline import Outline
 from apiq.planning.size import Result
-from apiq.planning.step import Pass, count_head
+from apiq.planning.step import Pass, count_head, count_predictions
 from apiq.refinement.teacher import COPIES as TEACHER_COPIES
+from apiq.refinement.teacher import LOGITS
 
 TOKEN = 8
 """Bytes of a token in the windows that refinement keeps."""
@@ -131,8 +132,10 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
     each = memory.FLOAT * kept * (1 if kept == entries else 2)
     tokens = min(params.batch_size, windows) * calibration.length
     needs = _training_needs(setting, setting.refining, tokens, dtype, device, bool(again), memory.STATES["adamw"])
-    guard = 3 * memory.FLOAT * setting.result.trained
-    (needs["gpu"] or needs["ram"])["adapters and optimizer"] += guard
+    scales = setting.sizes.groups * len(setting.outline.blocks.modules) if params.lr_scales else 0
+    guard = 3 * memory.FLOAT * (setting.result.trained + scales)
+    optimizer = (2 * memory.FLOAT + memory.STATES["adamw"]) * scales
+    (needs["gpu"] or needs["ram"])["adapters and optimizer"] += guard + optimizer
     needs["ram"]["predictions"] = windows * calibration.length * each
     asking = _asking_needs(setting, needs, windows, dtype)
     hidden = setting.outline.width * dtype.itemsize if params.hidden_weight else 0
@@ -146,26 +149,38 @@ def refining_needs(setting: Setting) -> dict[str, Any] | None:
 def _asking_needs(setting: Setting, training: dict[str, Any], windows: int, dtype: torch.dtype) -> dict[str, Any]:
     """What refinement holds beside the packed model while the full-precision model predicts `windows`, by part.
 
+    That is the worse of two moments: windows pass through a block, or what lies outside the blocks makes predictions
+    of what the last block gave. These are in RAM twice, in pieces and as a whole.
+
     Args:
         setting: what was counted.
-        training: what the training holds, with the packed model.
+        training: what the training holds, with the packed model and the predictions.
         windows: those of the calibration and generated ones.
         dtype: the arithmetic.
     """
-    shapes, machine, length = setting.outline, setting.machine, setting.params.calibration.length
-    on_gpu = training["gpu"] is not None
+    shapes, machine, params = setting.outline, setting.machine, setting.params
+    length, on_gpu = params.calibration.length, training["gpu"] is not None
     packed = training["gpu" if on_gpu else "ram"]["packed model"]
     free_gpu, free_ram = (machine.gpu, machine.ram) if on_gpu else (None, machine.ram - packed)
     sets = TEACHER_COPIES * memory.activations(windows, length, shapes.width, dtype.itemsize)
     home = memory.home("auto", sets, None if free_gpu is None else free_gpu - packed, free_ram)
-    parts = {
-        "packed model": packed,
-        "adapters": setting.result.adapter,
-        "block": weight_bytes(dtype, shapes.storage) * setting.sizes.weights,
-        "step": setting.teaching,
-    }
-    ram = {"interpreter": machine.interpreter}
-    gpu, ram = (parts, ram) if on_gpu else (None, {**parts, **ram})
+    weight = weight_bytes(dtype, shapes.storage)
+    outside = weight * sum(value.numel() for value in shapes.outside().values())
+    entries = int(shapes.config.get_text_config().vocab_size)
+    stored = dtype if weight == memory.FLOAT else shapes.storage
+    logits = count_predictions(
+        min(max(LOGITS // (memory.FLOAT * entries), 1), windows * length), entries, shapes.width, params.refine.top_k,
+        stored, dtype, setting.refining_device,
+    )  # fmt: skip
+    loaded = {"packed model": packed, "adapters": setting.result.adapter}
+    through = {**loaded, "block": weight * setting.sizes.weights, "step": setting.teaching}
+    last = {**loaded, "outside the blocks": outside, "logits": logits}
+    told = {"predictions": 2 * training["ram"]["predictions"], "interpreter": machine.interpreter}
+    gpu = None
+    if on_gpu:
+        gpu, ram = memory.worse(through, last), told
+    else:
+        ram = memory.worse({**through, "interpreter": machine.interpreter}, {**last, **told})
     if home != "disk":
         (gpu if home == "gpu" and gpu is not None else ram)["activations"] = sets
     return {"gpu": gpu, "ram": ram, "home": home, "mapped": sets if home == "disk" else 0}

@@ -99,7 +99,7 @@ def _refining(
 ) -> tuple[Pass | None, int]:
     """A step of refinement, and the bytes alive while the full-precision model is asked; None and 0 without it."""
     refine, length = params.refine, params.calibration.length
-    if not (packed.adapters and refine.epochs):
+    if not refine.epochs or not (packed.adapters or refine.lr_scales):
         return None, 0
     dtype = pick_dtype(refine.dtype, device)
     training = training_pass(packed, call, (refine.batch_size, length, shapes.width), dtype, device)
@@ -111,7 +111,10 @@ def _refining(
 def _fitting(params: Params, shapes: Outline) -> Params:
     """The parameters with the linears spelled out that are to carry adapters, once they fit the model."""
     if shapes.context is not None:
-        for name, length in {"calibration": params.calibration.length, "finetune": params.finetune.length}.items():
+        lengths = {"calibration": params.calibration.length}
+        if params.finetune.task != "none":
+            lengths["finetune"] = params.finetune.length
+        for name, length in lengths.items():
             if length > shapes.context:
                 raise ApiqError(
                     f"{name}.length is {length}; it should be at most {shapes.context}, the context of the model."

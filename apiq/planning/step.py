@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apiq.blocks.capture import BlockCall
 from apiq.device import precision
 from apiq.grids import sweeps
+from apiq.refinement.divergence import top
 
 PIECES = 16
 """Pieces in which the largest weight is swept at least: its temporaries are overestimated by as little."""
@@ -122,6 +123,20 @@ def count_head(rows: int, vocabulary: int, width: int, compute: torch.dtype, dev
             return nn.functional.cross_entropy((hidden @ weight.T).float(), labels)
 
         return _counted(loss, lambda value: value.backward(), [weight, hidden, labels])[0]
+
+
+def count_predictions(
+    rows: int, vocabulary: int, width: int, k: int, weights: torch.dtype, compute: torch.dtype, device: torch.device
+) -> int:
+    """Most bytes alive at a time while the `k` likeliest of so many tokens are taken from the logits of `rows`."""
+    with FakeTensorMode(), precision(device, compute), torch.no_grad():
+        head = torch.empty(vocabulary, width, dtype=weights, device=device)
+        hidden = torch.empty(rows, width, dtype=compute, device=device)
+
+        def ask() -> Tensor:
+            return top(nn.functional.linear(hidden, head), k)[0]
+
+        return _counted(ask, lambda found: None, [head, hidden])[0]
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ class Kept:
             tensors = {key: value.contiguous() for key, value in make().items() if value is not None}
             with replacing(path) as temporary:
                 save_file(tensors, temporary)
+            del tensors
             self._note_cost()
         with self._whole():
             return load_file(path)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apiq.blocks.activations import TOKENS, Activations, batches, choose_home
+from apiq.blocks.arguments import BlockCall
 from apiq.blocks.capture import capture, completed
 from apiq.blocks.stream import CPU, ModelStream
 from apiq.device import precision
@@ -64,13 +65,7 @@ def predictions(
             model, blocks, windows, dtype, lambda shape: choose_home("auto", shape, dtype, COPIES, device, folder)
         )
     for index, call in enumerate(calls):
-        block = stream.load_block(index, device)
-
-        def run(hidden: Tensor, batch: slice, block: torch.nn.Module = block, call=call) -> Tensor:
-            with precision(device, dtype):
-                return call.run(block, hidden, batch)
-
-        X = X.mapped(run)
+        X = _through(stream.load_block(index, device), call, X, dtype)
         progress(Step("refine", index + 1, len(calls), f"the full-precision model, block {index + 1}/{len(calls)}"))
     entries = stream.model.config.get_text_config().vocab_size
     with stream.rest(device) as model, hidden_states(model) if keep else nullcontext([]) as seen:
@@ -82,6 +77,16 @@ def predictions(
             return logs.cpu(), None if index is None else index.cpu()
 
         return _told(_Asking(ask, seen, keep), windows, X, max(LOGITS // (4 * entries), 1), dtype)
+
+
+def _through(block: nn.Module, call: BlockCall, X: Activations, dtype: torch.dtype) -> Activations:
+    """What a block makes of X; it is gone from memory when this returns."""
+
+    def run(hidden: Tensor, batch: slice) -> Tensor:
+        with precision(X.device, dtype):
+            return call.run(block, hidden, batch)
+
+    return X.mapped(run)
 
 
 @dataclass

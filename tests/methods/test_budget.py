@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,5 +137,6 @@ def test_a_linear_without_importance_counts_like_the_least_important_one(monkeyp
     offer = {"candidate_bits": [2, 3, 4], "candidate_group_sizes": [16]}
     sizes = [packed_bits((32, 32), grid) / 32**2 for grid in candidate_grids(QuantizeParams(target_bits=4.0, **offer))]
     params = QuantizeParams(method="rtn", target_bits=(2 * sizes[1] + sizes[2]) / 3 + 1e-6, **offer)
-    found = build(params).survey(None)
+    stream = SimpleNamespace(blocks=SimpleNamespace(modules=[block]))
+    found = build(params).survey(SimpleNamespace(stream=stream))
     assert {name: int(found[f"choice.0.{name}"]) for name in block} == {"least": 1, "more": 2, "unreached": 1}

@@ -162,6 +162,18 @@ def test_refining_is_counted_with_the_predictions_that_it_learns_from(folder):
     assert plan(params(folder, quantize={"method": "rtn"}), timed=False)["refine"] is None
 
 
+def test_refining_scales_alone_is_planned_too(folder):
+    given = params(folder, quantize={"method": "rtn"}, refine={"lr_scales": 0.001, "device": "cpu"})
+    told = plan(given, timed=False)["refine"]
+    groups = 3 * (2 * 32 * 2 + 2 * 16 * 2 + 2 * 48 * 2 + 32 * 3)
+    assert told["ram"]["adapters and optimizer"] == 7 * 4 * groups
+
+
+def test_what_is_not_finetuned_may_be_longer_than_the_context(folder):
+    told = plan(params(folder, finetune={"task": "none", "length": 80}), timed=False)
+    assert told["finetune"] is None
+
+
 def test_refining_counts_two_sets_of_activations_where_auto_puts_them(folder, monkeypatch):
     monkeypatch.setattr(needing, "count_head", lambda *given: 1)  # torch for the CPU cannot count it on a GPU
     refine = {"top_k": 1, "generated": 8, "device": "cpu", "dtype": "float32"}
@@ -177,7 +189,12 @@ def test_refining_counts_two_sets_of_activations_where_auto_puts_them(folder, mo
     roomy, tight = needs(), needs(ram=2 * sets)
     assert (roomy["activations"], tight["activations"]) == ("ram", "disk")
     assert roomy["ram"]["activations"] == sets
-    assert {"block", "step", "adapters"} <= set(roomy["ram"]), "the moment at which the full-precision model is asked"
+    asked = roomy["ram"]  # at the moment at which the full-precision model makes predictions of its last hidden states
+    assert {"adapters", "outside the blocks", "logits"} <= set(asked)
+    assert asked["logits"] >= 2 * 64 * 9 * 16 * 61 * 4
+    assert asked["predictions"] == 2 * 64 * 9 * 16 * 8
+    monkeypatch.setattr(needing, "count_predictions", lambda *given: 0)
+    assert {"adapters", "block", "step"} <= set(needs()["ram"]), "windows pass through a block"
     assert "activations" not in tight["ram"]
     packed = roomy["ram"]["packed model"]
     fast, slower = needs(gpu=2 * sets + packed), needs(gpu=2 * sets + packed - 1)
