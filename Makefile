@@ -54,7 +54,7 @@ lock: ## Pin anew what pyproject.toml asks for, keeping pinned versions that sti
 
 clean: ## Remove .venv and what the pipeline wrote, but not DVC's cache of it
 	rm -rf $(VENV) .apiq_work .pytest_cache .ruff_cache
-	cd data && rm -rf model calibration quantized finetuned evaluation report timing
+	cd data && rm -rf model calibration quantized refined finetuned evaluation report timing tracking
 
 # uv reads pip's find-links only when told; where it cannot install, pip does.
 $(READY): requirements.lock pyproject.toml

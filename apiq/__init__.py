@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apiq.exports.zeros import merge_into_zeros
     from apiq.finetuning.run import finetune
     from apiq.quantization import quantize
+    from apiq.refinement.run import refine
     from apiq.reporting.page import report
 
 __version__ = "0.1.0"
@@ -36,11 +37,13 @@ __all__ = [
     "merge_into_zeros",
     "push_to_hub",
     "quantize",
+    "refine",
     "report",
 ]
 
 _CALLS = {
     "quantize": "apiq.quantization",
+    "refine": "apiq.refinement.run",
     "finetune": "apiq.finetuning.run",
     "evaluate": "apiq.evaluation.run",
     "export": "apiq.exports.run",

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from apiq import cli_exports, cli_planning, cli_refine, cli_sweep
-from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
+from apiq.cli_options import Json, Out, Set, calibration_windows, field, parameters, unescape
 from apiq.cli_output import show, working
 from apiq.errors import ApiqError
-from apiq.mishaps import GOES_ON, mishap
+from apiq.mishaps import mishap
 from apiq.params import CalibrationParams, FinetuneParams, QuantizeParams
 
 app = typer.Typer(
@@ -35,7 +35,7 @@ def quantize(
     model: Annotated[
         str, typer.Argument(help="A local folder in Hugging Face format, or a hub repository: NAME or NAME@REVISION.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it appears whole or not at all.")],
+    out: Out,
     method: Annotated[str | None, field(QuantizeParams, "method")] = None,
     recipe: Annotated[str | None, field(QuantizeParams, "recipe")] = None,
     bits: Annotated[float | None, field(QuantizeParams, "bits")] = None,
@@ -140,7 +140,7 @@ def evaluate(
 @app.command()
 def finetune(
     folder: Annotated[Path, typer.Argument(help="A quantized folder with adapters.")],
-    out: Annotated[Path, typer.Option(help="Folder for the finetuned adapters; it appears whole or not at all.")],
+    out: Out,
     text: Annotated[str | None, field(FinetuneParams, "text", default="none")] = None,
     pairs: Annotated[str | None, field(FinetuneParams, "pairs")] = None,
     length: Annotated[int | None, field(FinetuneParams, "length")] = None,
@@ -187,7 +187,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report page of a pipeline run: one HTML file that works offline, figures, tables."""
-    params = parameters({}, settings).report
+    params = parameters({"report": {}}, settings).report
     with working("report"):
         from apiq.reporting.page import report as write
 
@@ -235,9 +235,6 @@ def main() -> None:
     except ApiqError as error:
         print(f"apiq: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"apiq: stopped; {GOES_ON}", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         if (told := mishap(error)) is None:
             raise

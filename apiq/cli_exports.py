@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from apiq.cli_options import Json, Set, calibration_windows, field, parameters, unescape
+from apiq.cli_options import Json, Out, Set, calibration_windows, field, parameters, unescape
 from apiq.cli_output import show, working
 from apiq.params import CalibrationParams
 
 Folder = Annotated[Path, typer.Argument(help="A quantized folder, or a finetuned one with its base where it was.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")]
 
 
 class Into(StrEnum):

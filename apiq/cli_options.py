@@ -8,37 +8,53 @@ from typing import Annotated, Any
 
 import typer
 
+from apiq.errors import ApiqError
 from apiq.overrides import override
 from apiq.params import Params, Section, parse
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder to write. It appears whole or not at all, in the place of an older one; what apiq did not write "
+        "is never replaced."
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "-S",
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Set any parameter of params.yaml, as in -S quantize.decay_theta=0.",
+        help="Set any parameter of params.yaml that this command reads, as in -S quantize.decay_theta=0.",
     ),
 ]
 
 
 def field(section: type[Section], name: str, *flags: str, default: Any = ...) -> Any:
-    """A command line option for a field of params.yaml, documented by that field."""
+    """A command line option for a field of params.yaml, documented by it; without a default it must be given."""
     known = section.model_fields[name]
     shown = known.default if default is ... else default
     if shown == "\n":
         shown = "a newline"
-    text = f"{' '.join((known.description or '').split())} [dim]\\[default: {shown}][/dim]"
+    text = " ".join((known.description or "").split())
+    if shown is not None:
+        text += f" [dim]\\[default: {shown}][/dim]"
     return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=text, show_default=False)
 
 
 def parameters(given: Mapping[str, Any], settings: list[str] | None) -> Params:
     """The parameters of a command: what its options say, then what -S says, over the defaults.
 
+    The command reads the sections of `given` and no others.
+
     Raises:
-        ApiqError: they cannot be run.
+        ApiqError: they cannot be run, or a setting is of a section that the command does not read.
     """
+    for setting in settings or ():
+        section = setting.strip().partition(".")[0]
+        if section in Params.model_fields and section not in given:
+            raise ApiqError(f"-S {setting} sets what this command does not read; it reads {' and '.join(given)}.")
     return parse(override(_given(given), settings or []))
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apiq.cli_options import Json, Set, calibration_windows, field, parameters
+from apiq.cli_options import Json, Out, Set, calibration_windows, field, parameters
 from apiq.cli_output import show, working
 from apiq.params import CalibrationParams
 from apiq.refine_params import RefineParams
@@ -15,8 +15,8 @@ from apiq.refine_params import RefineParams
 
 def refine(
     folder: Annotated[Path, typer.Argument(help="A quantized folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the refined model; it appears whole or not at all.")],
-    text: Annotated[str, field(CalibrationParams, "corpus", "--text")],
+    out: Out,
+    text: Annotated[str, field(CalibrationParams, "corpus", "--text", default=None)],
     model: Annotated[
         str | None,
         typer.Option(
@@ -59,9 +59,11 @@ def refine(
     with working("refine") as progress:
         from apiq.checkpoint import manifest
         from apiq.checkpoint.original import find
+        from apiq.refinement.admission import refuse_folder
         from apiq.refinement.run import refine as train
 
         facts = manifest.verify(folder)
+        refuse_folder(folder, facts, params.refine)
         original = find(folder, facts) if model is None else model
         result = train(folder, original, calibration_windows(folder, params), params.refine, out, progress)
     show(result, as_json)

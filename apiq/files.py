@@ -142,12 +142,13 @@ _HERE, _EXCHANGE = -100, 2
 def _displace(temporary: Path, path: Path, prefix: str) -> None:
     """Put `temporary` in the place of `path` in two steps; killed between them, the next `_sweep` puts it back."""
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
-    os.replace(path, old / path.name)
     try:
-        os.replace(temporary, path)
-    except BaseException:
-        os.replace(old / path.name, path)
-        raise
+        os.replace(path, old / path.name)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            os.replace(old / path.name, path)
+            raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -35,6 +35,7 @@ from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.meter import Meter
 from apiq.methods import build
 from apiq.methods.grid import grid_of as chosen_grid
+from apiq.outputs import require_place
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
 from apiq.work import alone, code_version, fingerprint, work_folder
@@ -55,7 +56,7 @@ def quantize(
 
     Raises:
         ApiqError: the model, the windows and the parameters do not fit together, a weight or a loss is
-            not finite, or a file is damaged.
+            not finite, a file is damaged, or `out` cannot be written without loss.
     """
     meter = Meter()
     device = parallel.join(pick_device(params.device))
@@ -63,6 +64,7 @@ def quantize(
     _check_windows(windows, params, method.calibrated)
     own, part = (None, params.batch_size) if windows is None else parallel.share(windows, params.batch_size)
     original = full_precision(source)
+    require_place(out, original.folder)
     found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in original.stream.blocks.modules]
     compute = solver_dtype(params.dtype, device, largest(found))
     if compute == torch.float32:

@@ -65,6 +65,9 @@ class Walk:
             ApiqError: a weight is not finite, or a loss is not, whatever the rate.
         """
         count, done = len(self.stream.blocks.modules), len(self.store.records)
+        if not done:
+            with self.stream.rest() as model:
+                _require_finite(model, "")
         X, Xq, calls = self._start(done)
         if isinstance(self.method, Surveyor):
             self._survey(self.method, X, calls)
@@ -84,7 +87,7 @@ class Walk:
     ) -> tuple[Activations | None, Activations | None]:
         """Quantize block `index`; its outputs in the full-precision and in the quantized model."""
         block = self.stream.load_block(index, self.device)
-        self._require_finite(block, index)
+        _require_finite(block, f"{self.stream.blocks.path}.{index}.")
         unfuse(block).requires_grad_(False)
         problem = self._problem(block, index, call, X, Xq)
         solution = self.method.solve(problem)
@@ -182,13 +185,17 @@ class Walk:
         told = f", {len(solution.unreached)} linears without a token" if solution.unreached else ""
         self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}{told}", last))
 
-    def _require_finite(self, block: nn.Module, index: int) -> None:
-        for name, value in block.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ApiqError(
-                    f"the weight {self.stream.blocks.path}.{index}.{name} of the model holds a value that is not "
-                    "finite; nothing sensible can be quantized from it, get the model again."
-                )
+
+def _require_finite(module: nn.Module, prefix: str) -> None:
+    """Refuse weights that are not finite, of those that are in memory."""
+    for name, value in module.state_dict().items():
+        if value.device.type == "meta" or not value.is_floating_point() or not value.numel():
+            continue
+        if not all(bool(bound.isfinite()) for bound in value.aminmax()):  # NaN is the least and the largest of all
+            raise ApiqError(
+                f"the weight {prefix}{name} of the model holds a value that is not finite; nothing sensible can be "
+                "quantized from it, get the model again."
+            )
 
 
 def movable(X: Activations) -> bool:

@@ -16,6 +16,7 @@ from apiq.exports.run import precision_of, summary
 from apiq.exports.source import Source, open_source
 from apiq.files import new_folder
 from apiq.method_params import WITHOUT_ADAPTERS
+from apiq.outputs import require_place
 from apiq.params import QuantizeParams, parse
 from apiq.progress import Progress, silent
 from apiq.work import alone, work_folder
@@ -35,6 +36,7 @@ def merge(folder: str | Path, out: str | Path, dtype: str = "auto") -> dict[str,
             their own.
     """
     source = open_source(folder)
+    require_place(out, folder, source.folder)
     precision = precision_of(dtype, source.dtype)
     with new_folder(out) as new:
         write_merged(source, new, precision)
@@ -76,6 +78,7 @@ def requantize(
     from apiq.quantization import quantize
 
     source = open_source(folder)
+    require_place(out, folder, source.folder)
     params = _params(source, method)
     _require_fit(source, text, windows, params)
     with alone(work_folder({"merge": manifest.verify(folder)["files"], "base": source.index})) as work:

@@ -13,6 +13,7 @@ from apiq.checkpoint.rewriting import rewritten
 from apiq.errors import ApiqError
 from apiq.exports.source import Source
 from apiq.files import new_folder, read_json, write_json, write_text
+from apiq.outputs import require_place
 
 ADAPTER_BITS = (8, 4)
 
@@ -32,6 +33,7 @@ def write(source: Source, out: Path, adapter_bits: int | None) -> dict[str, Any]
         raise ApiqError(f"{source.folder} has no adapters; format apiq is for folders that have.")
     if adapter_bits is not None and adapter_bits not in ADAPTER_BITS:
         raise ApiqError(f"--adapter-bits is {adapter_bits}; it should be 8, 4 or left out.")
+    require_place(out, source.folder, source.adapter.parent)
     facts = manifest.read(source.folder) or {}
     with new_folder(out) as new:
         rewritten(source.folder, new, {}, read_adapter(source.adapter), adapter_bits)

@@ -14,6 +14,7 @@ from apiq.exports import awq, compressed_tensors, dense, gguf_file, gptq, own
 from apiq.exports.shards import write_adapter
 from apiq.exports.source import Source, open_source
 from apiq.files import new_folder
+from apiq.outputs import require_place
 
 OWN = "apiq"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,6 +76,7 @@ def export(
     if format not in FORMATS:
         raise ApiqError(f"there is no format {format}; there are {', '.join([*FORMATS, OWN])}.")
     chosen, source = FORMATS[format], open_source(folder)
+    require_place(out, folder, source.folder)
     precision = precision_of(dtype, chosen.default(source.dtype))
     chosen.check(source, precision)
     with new_folder(out) as new:

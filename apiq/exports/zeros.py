@@ -23,6 +23,7 @@ from apiq.exports.merging import Merger, merger_of
 from apiq.exports.source import Linear, Source, open_source
 from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.grids.normal_float import NormalFloat
+from apiq.outputs import require_place
 
 
 def merge_into_zeros(folder: str | Path, out: str | Path) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def merge_into_zeros(folder: str | Path, out: str | Path) -> dict[str, Any]:
         ApiqError: the folder has no adapters, they are not pooled LoRA, or a linear has no zero points.
     """
     source, out = open_source(folder), Path(out)
+    require_place(out, folder, source.folder)
     merger = merger_of(source)
     merged: list[str] = []
     with new_folder(out) as new:

@@ -31,6 +31,9 @@ from apiq.finetuning.trainer import COMPLETE, AdapterTrainer, newest_checkpoint
 from apiq.layers.dense import LIMIT
 from apiq.layers.packed import PackedLinear
 from apiq.meter import Meter
+from apiq.method_params import WITHOUT_ADAPTERS
+from apiq.methods import METHODS
+from apiq.outputs import require_place
 from apiq.params import FinetuneParams
 from apiq.progress import Progress, silent
 from apiq.randomness import borrowed
@@ -76,10 +79,9 @@ def finetune(
     with borrowed(params.seed):
         loaded = load(folder, dtype=params.dtype, device=str(device), trainable=True)
         folder = folder if folder.is_dir() else loaded.folder  # the name of a repository on the hub
+        require_place(out, folder, loaded.folder)
         if not isinstance(loaded.model, PeftModel):
-            raise ApiqError(
-                f"{folder} has no adapters to train; quantize with a method that fits some: apiq-bw or apiq-lw."
-            )
+            raise ApiqError(_without_adapters(folder, loaded.kind))
         if _is_large(loaded):
             give_back_freed()
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
@@ -101,6 +103,13 @@ def finetune(
                 shutil.rmtree(work)
             parallel.wait()
     return read_json(out / "metrics.json") | meter.reading()
+
+
+def _without_adapters(folder: Path, kind: str) -> str:
+    if kind == "full":
+        return f"{folder} is a full-precision model; run apiq quantize first, and give the folder that it writes."
+    with_some = ", ".join(method for method in METHODS if method not in WITHOUT_ADAPTERS)
+    return f"{folder} has no adapters to train; quantize with a method that gives it some: {with_some}."
 
 
 def _is_large(loaded: Loaded) -> bool:

@@ -27,6 +27,7 @@ from apiq.memory import in_parts
 from apiq.meter import Meter
 from apiq.methods.descent import Objective, Trace, descend
 from apiq.methods.flat import names
+from apiq.outputs import require_place
 from apiq.progress import Progress, Step, silent
 from apiq.refine_params import RefineParams
 from apiq.refinement.admission import refuse_folder, refuse_model
@@ -73,6 +74,7 @@ def refine(
     meter, folder = Meter(), Path(folder)
     facts = manifest.verify(folder)
     refuse_folder(folder, facts, params)
+    require_place(out, folder, original)
     device = pick_device(params.device)
     compute = pick_dtype(params.dtype, device)
     source = full_precision(original, torch.float32 if compute == torch.float32 else None)

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from apiq.errors import ApiqError
 from apiq.files import new_folder, write_text
+from apiq.outputs import require_place
 from apiq.reporting import drawing, palette, provenance, results
 from apiq.reporting.cells import markdown
 from apiq.reporting.gather import Folders, Run, gather
@@ -45,12 +46,14 @@ def report(
         The page.
 
     Raises:
-        ApiqError: there is nothing to report, a file is damaged, or there is no block `histogram_block`.
+        ApiqError: there is nothing to report, a file is damaged, there is no block `histogram_block`, or `out` holds
+            other files than those of a report.
     """
     run = gather(source if isinstance(source, Folders) else Folders.below(source))
     if not (run.quantization or run.evaluation or run.training or run.timing or run.manifests):
         where = "the given folders" if isinstance(source, Folders) else source
         raise ApiqError(f"there is nothing to report in {where}: run the pipeline first.")
+    require_place(out, mark=PAGE)
     content = sections(run, histogram_block, parameters or {})
     with new_folder(out) as folder:
         (folder / "figures").mkdir()

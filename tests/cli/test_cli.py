@@ -1,10 +1,16 @@
 """The command line: its fixed forms, its JSON, its exit statuses."""
 
 import json
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -122,10 +128,66 @@ def test_an_override_reaches_the_parameters(apiq, model, tmp_path):
     assert json.loads(out)["bits"]["codes"] == 8
 
 
-def test_without_json_a_table_is_shown(apiq, model, tmp_path):
+def test_without_json_a_line_for_each_value_is_shown(apiq, model, tmp_path):
     status, out, _ = apiq("quantize", model, "--out", tmp_path / "q", "--method", "rtn", "--group-size", 16)
     assert status == 0
-    assert "effective bits" in out
+    assert "effective bits" in out and "codes 2" in out
+    assert "2, shown by --json" in out, "the blocks"
+    assert len(out.splitlines()) < 12
+
+
+@pytest.mark.parametrize("command", ["refine", "export"])
+def test_nothing_that_is_read_is_written_over(apiq, quantized, corpus, command):
+    folder, _, _ = quantized
+    extra = {"refine": ("--text", corpus, *SMALL[6:10]), "export": ("--format", "dense")}[command]
+    status, out, err = apiq(command, folder, "--out", folder, *extra)
+    assert (status, out) == (1, "")
+    assert f"{folder} holds {folder}, which is read here" in err
+    assert apiq("evaluate", folder, "--text", corpus, "--length", 16)[0] == 0
+
+
+def test_the_full_precision_model_is_not_written_over(apiq, model, tmp_path):
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert "which is read here" in apiq("quantize", model, "--out", model, "--method", "rtn")[2]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    status, _, err = apiq("quantize", model, "--out", tmp_path / "mine", "--method", "rtn")
+    assert status == 1 and "did not write there (thesis.txt)" in err and "quantize 0/" not in err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_number_that_is_none_outside_the_blocks_is_found_before_the_first_block(apiq, model, corpus, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7, 7] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    status, _, err = apiq("quantize", broken, "--out", tmp_path / "q", *SMALL, "--calibration", corpus)
+    assert status == 1 and "the weight model.embed_tokens.weight of the model holds a value that is not finite" in err
+    assert "block 1/" not in err
+
+
+def test_control_c_says_that_the_same_command_goes_on(model, corpus, tmp_path):
+    form = ["quantize", model, "--out", tmp_path / "q", *SMALL, "--calibration", corpus, "-S", "quantize.epochs=100000"]
+    environment = {**os.environ, "APIQ_WORK": str(tmp_path / "work")}
+    command = [sys.executable, "-m", "apiq.cli", *map(str, form)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        signal.alarm(120)
+        seen = next(line for line in process.stderr if "block 1/2" in line)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        signal.alarm(0)
+    assert seen and process.returncode == 130
+    assert "apiq: stopped; what is finished is kept, and the same command goes on." in rest
+    assert "Traceback" not in rest
+
+
+def test_advice_for_a_folder_of_the_wrong_kind(apiq, quantized, model, corpus, tmp_path):
+    folder, _, _ = quantized
+    form = ("--text", corpus, "--length", 16)
+    assert apiq("finetune", folder, "--out", tmp_path / "tuned", *form, "--epochs", 1)[0] == 0
+    assert "is finetuned" in apiq("refine", tmp_path / "tuned", "--out", tmp_path / "r", *form)[2]
+    assert "run apiq quantize first" in apiq("finetune", model, "--out", tmp_path / "t", *form)[2]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +196,7 @@ def test_without_json_a_table_is_shown(apiq, model, tmp_path):
         (("--bits", 9), r"quantize.bits is 9"),
         (("-S", "quantize.bit=3"), "quantize.bit is not a parameter; did you mean bits?"),
         (("-S", "bits=3"), "section.key=value"),
+        (("-S", "refine.epochs=3"), "-S refine.epochs=3 sets what this command does not read; it reads quantize and"),
         (("--calibration", "missing.txt"), "missing.txt"),
         (("--rank", 400), "quantize.rank is 400; it must be at most 16"),
         (("--length", 64), "calibration.length is 64; it must be at most 32"),

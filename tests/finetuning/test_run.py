@@ -209,7 +209,7 @@ def test_a_folder_without_adapters_is_refused(quantized, params, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(quantized, bare, ignore=shutil.ignore_patterns("adapter", "apiq.json"))
     manifest.write(bare, "quantized")
-    with pytest.raises(ApiqError, match="has no adapters to train; quantize with a method that fits some"):
+    with pytest.raises(ApiqError, match="has no adapters to train; quantize with a method that gives it some: qlora"):
         finetune(bare, params, tmp_path / "out")
 
 
