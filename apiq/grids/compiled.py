@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -66,7 +67,8 @@ def _has_cpp_compiler() -> bool:
     from torch._inductor import config
 
     try:
-        with config.patch(force_disable_caches=True):
+        with warnings.catch_warnings(), config.patch(force_disable_caches=True):
+            warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
             torch.compile(_twice, dynamic=False)(torch.ones(16))
     except (BackendCompilerFailed, OSError):
         return False
