@@ -56,14 +56,7 @@ def load_corpus(source: str, *, split: str, column: str = "text", join: str = "\
     text = join.join(rows)
     if not text.strip():
         raise ApiqError(f"the corpus {source} is empty; give one with text in it.")
-    try:
-        digest = hashlib.sha256(text.encode()).hexdigest()
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 20) : error.start]
-        raise ApiqError(
-            f"the corpus {source} holds half a surrogate pair, which is no character, after {near!r}."
-        ) from None
-    return Corpus(source, text, digest, origin)
+    return Corpus(source, text, hashlib.sha256(text.encode()).hexdigest(), origin)
 
 
 def rows_of(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -149,6 +142,10 @@ def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...
 
 def _text(value: Any, column: str, place: str, keys: Iterable[str]) -> str:
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ApiqError(f"{place}: {column!r} holds half of a surrogate pair, which is no character.") from None
         return value
     if value is None and column not in keys:
         raise ApiqError(f"{place} has no {column!r}; it has {', '.join(keys) or 'nothing'}.")

@@ -94,7 +94,7 @@ def card(folder: str | Path, base_model: str | None = None, metrics: Mapping[str
     return _TEMPLATE.render(
         metadata=data.to_yaml(),
         title=(base_model or config.get("model_type") or "model").rpartition("/")[2]
-        + (" adapter" if finetuned else f", {quantization['bits']} bits" if "bits" in quantization else ""),
+        + (" adapter" if finetuned else _bits(facts or {}, quantization)),
         summary=_summary(kind, finetuned),
         tables=[
             {"title": "Quantization", "head": "setting", "rows": _quantization(facts or {}, quantization)},
@@ -104,6 +104,13 @@ def card(folder: str | Path, base_model: str | None = None, metrics: Mapping[str
         code=LOADS.get(kind, LOADS["dense"]),
         adapter=adapter.is_file(),
     )
+
+
+def _bits(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
+    divided = facts.get("parameters", {}).get("target_bits")
+    if divided is not None:
+        return f", {divided} bits in the mean"
+    return f", {quantization['bits']} bits" if "bits" in quantization else ""
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -123,9 +130,11 @@ def _summary(kind: str, finetuned: bool) -> str:
 def _quantization(facts: Mapping[str, Any], quantization: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The grid, and of the parameters those that say how it was fitted."""
     rows: list[tuple[str, Any]] = [("method", facts["method"])] if "method" in facts else []
-    rows += [
-        (name, quantization[name]) for name in ("bits", "group_size", "symmetric", "levels") if name in quantization
-    ]
+    divided = facts.get("parameters", {}).get("target_bits")
+    if divided is not None:
+        rows += [("bits, with scales and zero points, divided among the linears", divided)]
+    own = ("symmetric", "levels") if divided is not None else ("bits", "group_size", "symmetric", "levels")
+    rows += [(name, quantization[name]) for name in own if name in quantization]
     calibration = facts.get("calibration")
     if calibration:
         fitted = ("epochs", "batch_size", "lr_theta", "lr_weight", "lr_adapter")

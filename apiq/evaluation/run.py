@@ -66,7 +66,7 @@ def compare(
     """
     bench, results = _Bench(params), {}
     for name, load in models.items():
-        place = None if kept is None else kept / f"{name}-{bench.texts()}.json"
+        place = None if kept is None else kept / f"{name}-{bench.content()}.json"
         if place is not None and place.is_file():
             results[name] = read_json(place)
             continue
@@ -106,9 +106,10 @@ class _Bench:
         }
         self._windows: dict[tuple[str, str], torch.Tensor] = {}
 
-    def texts(self) -> str:
-        """A short hash of the texts."""
-        return fingerprint({name: corpus.sha256 for name, corpus in self._corpora.items()})
+    def content(self) -> str:
+        """A short hash of the texts, and of the tasks with their documents."""
+        texts = {name: corpus.sha256 for name, corpus in self._corpora.items()}
+        return fingerprint({"texts": texts, "tasks": None if self._suite is None else self._suite.content()})
 
     def measure(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, Any]:
         windows = {name: self._cut(name, tokenizer) for name in self._params.perplexity}

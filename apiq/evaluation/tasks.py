@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,15 @@ class Suite:
 
     loaded: Mapping[str, Any]
     """What lm-eval's TaskManager gives for each of the names asked for."""
+
+    def content(self) -> dict[str, Any]:
+        """What decides the results of a model: the tasks, a hash of the documents of each, the version of lm-eval."""
+        tasks = {name: task for found in self.loaded.values() for name, task in found["tasks"].items()}
+        found = {
+            name: [str(task.dump_config()), hashlib.sha256(str(list(task.eval_docs)).encode()).hexdigest()]
+            for name, task in tasks.items()
+        }
+        return {"lm_eval": lm_eval.__version__, **found}
 
 
 def load_suite(names: Sequence[str], folder: str | Path | None = None) -> Suite:

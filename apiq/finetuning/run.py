@@ -96,7 +96,7 @@ def finetune(
             trainer = AdapterTrainer(loaded.model, examples, params, work, progress, told, pooling)
             start = _start(trainer, work)
             newest = newest_checkpoint(work)
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            trainer.finish(newest)
             if first:
                 began = folder / "adapter" if pooling is None else work / POOLED
                 _write(out, began, loaded, examples, start, trainer.state, pooling)

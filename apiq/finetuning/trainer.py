@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.import_utils import is_bitsandbytes_available
 
@@ -55,6 +56,17 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if params.packing:
             refuse_what_mixes(model.get_base_model(), self.args.device)
+
+    def finish(self, newest: Path | None) -> None:
+        """Train to the last step from the checkpoint `newest`, or from the start; not again where that was the last.
+
+        The Trainer would take one step more there if the epochs are not whole.
+        """
+        state = None if newest is None else TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+        if state is not None and state.global_step >= state.max_steps:
+            self.state = state
+            return
+        self.train(resume_from_checkpoint=str(newest) if newest else None)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log the held-out loss; unlike the Trainer's own, it does not depend on how examples fall into batches."""

@@ -113,7 +113,9 @@ def headline(run: Run, name: str) -> str:
     if not method:
         return f"{name} has not been quantized."
     lost, left, nearest = (mean_loss(run.evaluation, model) for model in ("quantized", "finetuned", "rtn"))
-    bits = run.manifests.get("quantize", {}).get("parameters", {}).get("bits")
+    parameters = run.manifests.get("quantize", {}).get("parameters", {})
+    divided = parameters.get("target_bits")
+    bits = parameters.get("bits") if divided is None else f"{divided} divided"
     total = run.quantization.get("bits", {}).get("total")
     subject = f"{name} in {bits} bits by {method}" if bits else f"{name} by {method}"
     carried = f" ({number(total, 3)} effective bits)" if known(total) else ""

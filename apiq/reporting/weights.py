@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apiq.blocks.unfuse import unfuse
+from apiq.checkpoint.loading import full_precision
 from apiq.checkpoint.reading import LinearWeights, linear, linear_names
 from apiq.errors import ApiqError
 from apiq.files import read_json
@@ -61,8 +62,9 @@ def block_shapes(quantized: Path, model: Path | None, block: int) -> tuple[int, 
             f"or -1 to -{count} counted from the last, the blocks of {quantized}."
         )
     number = block % count
-    in_block = [f"{prefix}{number}.{name}" for name in config["linears"]]
-    return number, [_shape(name, linear(quantized, name), _weight(model, name)) for name in in_block]
+    in_block = [name for own in config["linears"] if (name := f"{prefix}{number}.{own}") in names]
+    weights = {} if model is None else _weights(model, number, len(f"{prefix}{number}."), in_block)
+    return number, [_shape(name, linear(quantized, name), weights.get(name)) for name in in_block]
 
 
 def _shape(name: str, found: LinearWeights, W: Tensor | None) -> LinearShape:
@@ -91,14 +93,12 @@ def _histograms(matrices: dict[str, Tensor]) -> dict[str, Histogram]:
     }
 
 
-def _weight(model: Path | None, name: str) -> Tensor | None:
-    """The full-precision weight (out, in) in float32."""
-    if model is None:
-        return None
-    index, key = model / "model.safetensors.index.json", f"{name}.weight"
-    file = read_json(index)["weight_map"].get(key, "") if index.is_file() else "model.safetensors"
+def _weights(model: Path, number: int, prefix: int, names: list[str]) -> dict[str, Tensor]:
+    """The full-precision weights (out, in) of the linears of a block in float32, by their names in the model."""
+    stream = full_precision(model, torch.float32).stream
     try:
-        with safe_open(model / file, framework="pt") as tensors:
-            return tensors.get_tensor(key).float()
-    except (OSError, SafetensorError):
-        raise ApiqError(f"{model} has no readable tensor {key}: it is not the model that was quantized.") from None
+        block = unfuse(stream.load_block(number, torch.device("cpu")))
+        found = {name: block.get_submodule(name[prefix:]).get_parameter("weight") for name in names}
+    except (AttributeError, IndexError):
+        raise ApiqError(f"{model} lacks a linear of block {number}: it is not the model that was quantized.") from None
+    return {name: weight.detach() for name, weight in found.items()}

@@ -167,6 +167,9 @@ def _rooted(values: Mapping[str, Any]) -> dict[str, Any]:
     given = leaves({key: values.get(key, {}) for key in ("model", "calibration", "finetune", "evaluate")})
     found = {place: given[place] for place in places if isinstance(given.get(place), str) and given[place]}
     rooted: dict[str, Any] = {place: _absolute(value) for place, value in found.items() if _absolute(value) != value}
+    tasks = Path(given.get("evaluate.task_folder") or ".")
+    if not tasks.resolve().is_relative_to(Path.cwd()):  # what is in the repository is in its clones too
+        rooted["evaluate.task_folder"] = str(tasks.resolve())
     mixture = given.get("calibration.mixture")
     if isinstance(mixture, list) and mixture and all(isinstance(source, str) for source in mixture):
         rooted["calibration.mixture"] = [_absolute(source) for source in mixture]

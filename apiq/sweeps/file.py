@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -128,6 +128,10 @@ class Paper(Section):
     """The full-precision model, by column."""
 
 
+TAKEN = ("cell.json", "errors.csv")
+"""Files that are kept of every cell anyway."""
+
+
 class Sweep(Section):
     """A sweep file."""
 
@@ -171,6 +175,10 @@ class Sweep(Section):
         for row in self.paper.rows if self.paper else ():
             shape = f"{len(self.axes)} labels ({', '.join(self.axes)}) and {count} numbers"
             require(len(row) == len(self.axes) + count, "paper.rows", row, shape)
+        names = [PurePath(file).name for file in self.keep]
+        for file, name in zip(self.keep, names, strict=True):
+            alone = names.count(name) == 1 and name not in TAKEN
+            require(alone, "keep", file, f"a file whose name is neither {' nor '.join(TAKEN)} nor that of another")
         errors = self.figure is not None and self.figure.data == "errors"
         over = self.figure.mean_over if self.figure else None
         require(not (errors and over), "figure.mean_over", over, "left out where data is errors")

@@ -135,7 +135,7 @@ def test_not_utf8_by_its_line(tmp_path):
 
 def test_half_a_surrogate_pair(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "smile \\ud83d"}')
-    assert "surrogate" in refused(tmp_path / "c.jsonl")
+    assert "line 1: 'text' holds half of a surrogate pair" in refused(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"no parquet"])

@@ -104,3 +104,22 @@ def test_rounding_keeps_six_digits_of_floats_only():
         "b": {"c": 1234570.0, "d": 7, "e": "x"},
         "f": 0.3,
     }
+
+
+def test_what_is_kept_of_a_stopped_evaluation_counts_for_the_same_documents_only(
+    alphabet, uniform, tokenizer, with_task, tmp_path
+):
+    def model():
+        return SimpleNamespace(model=alphabet, tokenizer=tokenizer)
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        compare({"full": model, "quantized": stopped}, with_task, kept=tmp_path / "kept")
+    both = {"full": stopped, "quantized": model}
+    assert compare(both, with_task, kept=tmp_path / "kept")["full"]["tasks"] == {"next": {"acc": 1.0}}
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"question": "a b", "choices": ["c", "e"], "label": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        compare(both, with_task, kept=tmp_path / "kept")

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from apiq.checkpoint.loading import load
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import perplexity
 from apiq.files import sha256_folder
+from apiq.finetuning import run
 from apiq.finetuning.run import finetune
 from apiq.finetuning.sources import prepare
 from apiq.work import alone
@@ -138,6 +140,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(quantized, params, whole_run, tm
     assert not any(work.iterdir())
     assert reports[0].done == (step - 1) // 4 * 4 + 1
     assert sha256_folder(out) == sha256_folder(whole_run[0])
+
+
+@pytest.mark.parametrize("epochs", [1, 1.5])
+def test_a_run_that_could_not_write_its_result_takes_no_step_more(quantized, params, tmp_path, monkeypatch, epochs):
+    chosen, write, reports = params.model_copy(update={"epochs": epochs}), run._write, []
+    finetune(quantized, chosen, tmp_path / "whole")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        finetune(quantized, chosen, tmp_path / "out")
+    monkeypatch.setattr(run, "_write", write)
+    finetune(quantized, chosen, tmp_path / "out", reports.append)
+    assert not reports
+    assert sha256_folder(tmp_path / "out") == sha256_folder(tmp_path / "whole")
 
 
 def test_a_half_written_checkpoint_is_not_taken_up(quantized, params, whole_run, tmp_path, work):

@@ -35,6 +35,11 @@ def test_the_headline_tells_bits_loss_and_what_comes_back():
     )
 
 
+def test_the_headline_tells_divided_bits_as_such():
+    divided = Run(None, {"quantize": {"parameters": {"bits": 2, "target_bits": 4.5}}}, quantization={"method": "rtn"})
+    assert results.headline(divided, "tiny").startswith("tiny in 4.5 divided bits by rtn.")
+
+
 def test_the_headline_compares_with_rounding_where_it_was_measured():
     evaluation = {
         name: {"perplexity": {"a": value}} for name, value in (("full", 1.0), ("rtn", 16.0), ("quantized", 2.0))

@@ -2,10 +2,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from apiq.checkpoint.reading import linear
+from apiq.checkpoint.reading import linear, linear_names
 from apiq.errors import ApiqError
+from apiq.params import QuantizeParams
+from apiq.quantization import quantize
 from apiq.reporting.weights import block_shapes
+from tests.families.zoo import ZOO
 
 NAMES = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 
@@ -40,4 +44,17 @@ def test_a_block_that_is_not_there_is_refused(quantized, block):
 
 def test_weights_of_another_model_are_refused(quantized, tmp_path):
     with pytest.raises(ApiqError, match="not the model that was quantized"):
+        AutoModelForCausalLM.from_config(ZOO["gpt2"].config).save_pretrained(tmp_path)
         block_shapes(quantized["rtn"], tmp_path, 0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_weights_that_are_stored_in_other_shapes_are_compared_too(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("APIQ_WORK", str(tmp_path / "work"))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ZOO[name].config)
+    model.save_pretrained(tmp_path / "model")
+    quantize(tmp_path / "model", None, QuantizeParams(method="rtn", bits=8, group_size=16), tmp_path / "quantized")
+    _, shapes = block_shapes(tmp_path / "quantized", tmp_path / "model", -1)
+    assert len(shapes) == len(linear_names(tmp_path / "quantized")) / model.config.num_hidden_layers
+    assert all(0 < shape.error_without < 0.02 for shape in shapes)

@@ -121,3 +121,9 @@ def test_every_experiment_can_be_run_on_the_demo_as_it_stands(path, monkeypatch)
         if Path(profile.base.get("model.source", ".")).exists():  # beside the repository, for those who have it
             assert len(plan(path, name).cells) >= len(planned.cells)
     assert read_yaml(path)["title"]
+
+
+def test_task_folders_outside_the_repository_are_found_from_its_clones(write, place):
+    (place.parent / "own-tasks").mkdir(exist_ok=True)
+    text = (place / write()).read_text().replace("evaluate.tasks: []", "evaluate.task_folder: ../own-tasks")
+    assert plan(write(text)).cells[0].settings["evaluate.task_folder"] == str(place.parent / "own-tasks")

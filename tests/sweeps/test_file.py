@@ -34,6 +34,7 @@ def test_labels_that_yaml_reads_as_numbers_or_booleans_are_text(write, place):
         ("[2, bw, 7.59]", "[2, bw]", "paper.rows is [2, 'bw']; it should be 2 labels (quantize.bits, method) and 1"),
         ("[3, 2]", "[]", "grid.quantize.bits is 'empty'; it should be at least one choice."),
         ("paper:", "refused: {why: {method: lw}}\npaper:", "refused.why is 'lw'; it should be one of rtn, bw"),
+        ("paper:", "keep: [a/metrics.json, b/metrics.json]\npaper:", "keep is 'a/metrics.json'; it should be a"),
         ("paper:", "figure: {kind: pie, x: method, y: a}\npaper:", "figure.kind is 'pie'; it should be line, bar or"),
         ("paper:", "figure: {kind: bar, x: method, y: a, series: b}\npaper:", "figure.series is 'b'; it should be"),
     ],
