@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn import functional
 
 from apiq.errors import ApiqError
@@ -30,10 +31,11 @@ def perplexity(
         progress: told after every batch, with the mean cross-entropy so far.
 
     Raises:
-        ApiqError: there is no window, a window is longer than the context of the model, a token is
-            not in its vocabulary, or a window has a loss that is not finite.
+        ApiqError: the model does not predict the next token, there is no window, a window is longer than the
+            context of the model, a token is not in its vocabulary, or a window has a loss that is not finite.
     """
     n = len(windows)
+    require_causal(model)
     refuse(model, windows)
     device = next(model.parameters()).device
     losses: list[float] = []
@@ -59,6 +61,20 @@ def perplexity(
             f"the mean loss is {mean:.6g} nats a token, whose perplexity is no number; the model is broken."
         )
     return math.exp(mean)
+
+
+def require_causal(model: Any) -> None:
+    """Refuse a model that does not predict the next token, as encoders and classifiers.
+
+    Raises:
+        ApiqError: it is one.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not base.can_generate():
+        raise ApiqError(
+            f"{type(base).__name__} does not predict the next token; perplexity, tasks and finetuning are for models "
+            "that do."
+        )
 
 
 def context_length(model: torch.nn.Module) -> int | None:

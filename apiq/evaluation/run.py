@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from apiq.calibration.corpora import load_corpus
 from apiq.calibration.windows import consecutive_windows, tokenize
 from apiq.errors import ApiqError
-from apiq.evaluation.perplexity import perplexity, refuse
+from apiq.evaluation.perplexity import perplexity, refuse, require_causal
 from apiq.files import read_json, write_json
 from apiq.params import EvaluateParams
 from apiq.progress import Progress, naming, silent
@@ -112,6 +112,7 @@ class _Bench:
         return fingerprint({"texts": texts, "tasks": None if self._suite is None else self._suite.content()})
 
     def measure(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> dict[str, Any]:
+        require_causal(model)
         windows = {name: self._cut(name, tokenizer) for name in self._params.perplexity}
         for each in windows.values():
             refuse(model, each)  # all of them before hours are spent on the first

@@ -97,8 +97,10 @@ def run_suite(
         `documents`, `fewshot` and `version` of the task.
 
     Raises:
-        ApiqError: lm-eval refuses the task for this model.
+        ApiqError: lm-eval refuses the task for this model, or the tokenizer has no token to begin a text with.
     """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ApiqError("the tokenizer has neither a bos nor an eos token, one of which lm-eval puts before a text.")
     results: dict[str, dict[str, Any]] = {}
     with _quiet():
         lm = _ReportingLM(model, tokenizer, batch_size, progress)

@@ -21,7 +21,7 @@ from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
 from apiq.checkpoint.loading import Loaded, load
 from apiq.device import pick_device
 from apiq.errors import ApiqError
-from apiq.evaluation.perplexity import context_length
+from apiq.evaluation.perplexity import context_length, require_causal
 from apiq.evaluation.run import rounded
 from apiq.files import new_folder, read_json, relative, sha256_folder, write_json, write_text
 from apiq.finetuning.examples import Examples
@@ -82,6 +82,7 @@ def finetune(
         require_place(out, folder, loaded.folder)
         if not isinstance(loaded.model, PeftModel):
             raise ApiqError(_without_adapters(folder, loaded.kind))
+        require_causal(loaded.model)
         if _is_large(loaded):
             give_back_freed()
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it

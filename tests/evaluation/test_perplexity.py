@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import perplexity
@@ -67,6 +68,13 @@ def test_names_the_window_that_is_not_finite(alphabet):
 def test_refuses_windows_that_cannot_be_scored(uniform, windows, reason):
     with pytest.raises(ApiqError, match=reason):
         perplexity(uniform, windows)
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+def test_what_predicts_no_next_token_is_refused(kind):
+    config = BertConfig(vocab_size=29, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(ApiqError, match=f"{kind.__name__} does not predict the next token"):
+        perplexity(kind(config), torch.zeros(2, 8, dtype=torch.long))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared models and data are not on this machine")

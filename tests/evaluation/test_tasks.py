@@ -5,6 +5,7 @@ import string
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from apiq.errors import ApiqError
 from apiq.evaluation.tasks import load_suite, run_suite
@@ -127,3 +128,9 @@ def _local_only(**arguments):
     from lm_eval.tasks import TaskManager
 
     return TaskManager(**(arguments | {"include_defaults": False}))
+
+
+def test_a_tokenizer_that_begins_no_text_is_refused(alphabet, tokenizer, folder):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ApiqError, match="neither a bos nor an eos token"):
+        run_suite(alphabet, bare, load_suite(["next_letter"], folder))
