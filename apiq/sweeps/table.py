@@ -116,11 +116,13 @@ def _written(value: float | None, column: Column) -> Entry:
 
 
 def _below(found: tuple[Cell, Outcome] | None, column: Column) -> Entry:
-    """A number with its bits below it; nothing where there is no such cell."""
+    """A number with its bits below it, those of the model that it is about; nothing where there is no such cell."""
     if found is None:
         return Entry("")
     outcome = found[1]
-    entry, bits = _entry(outcome, column), outcome.metrics.get(BITS)
+    own = (outcome.metrics.get(f"{part}.{BITS}") for part in column.metric.split("."))
+    entry = _entry(outcome, column)
+    bits = next((each for each in own if each), outcome.metrics.get(BITS))
     return Entry(entry.text, below=number(bits, 3) if bits else "", why=entry.why)
 
 

@@ -65,12 +65,17 @@ def test_two_texts_are_two_columns(outcomes, tmp_path):
 
 def test_choices_across_have_their_bits_below_and_the_paper_in_a_part_of_its_own(outcomes, tmp_path, write, place):
     text = (place / write()).read_text()
-    results.write(tmp_path, *outcomes(text, done(9.0), done(8.5), done(12.0), done(10.0, 4.25)))
+    smaller = {"quantized.effective_bits": 4.25, "refined.effective_bits": 3.5}  # its adapters in few bits
+    results.write(tmp_path, *outcomes(text, done(9.0), done(8.5), done(12.0), done(10.0, 4.25, **smaller)))
     rows = lines(tmp_path / "table.md")
     assert rows[0] == ["# Small (Table 0 of the paper)"]
     assert rows[2] == ["method", "bits 3", "bits 2"]
     assert rows[6] == ["bw", "8.500 (2.50)", "10.00 (4.25)"]
     assert rows[-2:] == [["rtn", "", "431.97"], ["bw", "", "7.59"]]
+    refined = done(10.0, 4.25, **smaller, **{"refined.perplexity.demo": 9.0})
+    of_refined = text.replace("quantized.perplexity", "refined.perplexity")
+    results.write(tmp_path, *outcomes(of_refined, refined, refined, refined, refined))
+    assert "| bw | 9.000 (3.50) | 9.000 (3.50) |" in (tmp_path / "table.md").read_text()
 
 
 def test_the_csv_has_every_metric_and_number(outcomes, tmp_path):
