@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -172,8 +173,11 @@ def test_control_c_says_that_the_same_command_goes_on(model, corpus, tmp_path):
     form = ["quantize", model, "--out", tmp_path / "q", *SMALL, "--calibration", corpus, "-S", "quantize.epochs=100000"]
     environment = {**os.environ, "APIQ_WORK": str(tmp_path / "work")}
     command = [sys.executable, "-m", "apiq.cli", *map(str, form)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
-        limit = threading.Timer(300, process.kill)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heard
+    ) as process:
+        limit = threading.Timer(100, process.kill)
         limit.start()
         assert any("block 1/2" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
