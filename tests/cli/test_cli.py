@@ -170,7 +170,7 @@ def test_a_number_that_is_none_outside_the_blocks_is_found_before_the_first_bloc
 
 
 def test_control_c_says_that_the_same_command_goes_on(model, corpus, tmp_path):
-    form = ["quantize", model, "--out", tmp_path / "q", *SMALL, "--calibration", corpus, "-S", "quantize.epochs=100000"]
+    form = ["quantize", model, "--out", tmp_path / "q", *SMALL, "--calibration", corpus, "-S", "quantize.epochs=10000"]
     environment = {**os.environ, "APIQ_WORK": str(tmp_path / "work")}
     command = [sys.executable, "-m", "apiq.cli", *map(str, form)]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
