@@ -16,6 +16,7 @@ from apiq.errors import ApiqError
 from apiq.overrides import read_yaml
 from apiq.refusals import require, sentence
 from apiq.section import Section
+from apiq.sweeps.outcome import RECORD
 
 BESIDE = "-"
 """The label on further axes of a cell that stands beside the grid."""
@@ -128,7 +129,7 @@ class Paper(Section):
     """The full-precision model, by column."""
 
 
-TAKEN = ("cell.json", "errors.csv")
+TAKEN = (RECORD, "errors.csv")
 """Files that are kept of every cell anyway."""
 
 
