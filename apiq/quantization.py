@@ -70,7 +70,7 @@ def quantize(
     if compute == torch.float32:
         original = full_precision(source, torch.float32)
     union = {name: shape for block in found for name, shape in block.items()}
-    _check_fit(original, windows)
+    _check_fit(original, windows, union, params)
     spelled = resolved(params, found) if method.adapted else params
     solved = spelled.model_copy(update={"batch_size": part})
     identity = _identity(original.folder, windows, params)
@@ -124,8 +124,14 @@ def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: b
         )
 
 
-def _check_fit(original: FullPrecision, windows: Tensor | None) -> None:
+def _check_fit(original: FullPrecision, windows: Tensor | None, linears: Shapes, params: QuantizeParams) -> None:
     model = original.stream.model
+    widest = max(columns for _, columns in linears.values())
+    if params.group_size > widest:
+        raise ApiqError(
+            f"quantize.group_size is {params.group_size}; it must be at most {widest}, the widest row of a linear, or "
+            "0 for one group a row."
+        )
     if windows is None:
         return
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

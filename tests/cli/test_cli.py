@@ -123,9 +123,8 @@ def test_finetune_and_evaluate_what_came_out(apiq, quantized, corpus, tmp_path):
 
 
 def test_an_override_reaches_the_parameters(apiq, model, tmp_path):
-    status, out, err = apiq(
-        "quantize", model, "--out", tmp_path / "q", "--method", "rtn", "-S", "quantize.bits=8", "--json"
-    )
+    form = ("quantize", model, "--out", tmp_path / "q", "--method", "rtn", "--group-size", 16)
+    status, out, err = apiq(*form, "-S", "quantize.bits=8", "--json")
     assert status == 0, err
     assert json.loads(out)["bits"]["codes"] == 8
 
@@ -204,13 +203,14 @@ def test_advice_for_a_folder_of_the_wrong_kind(apiq, quantized, model, corpus, t
         (("-S", "bits=3"), "section.key=value"),
         (("-S", "refine.epochs=3"), "-S refine.epochs=3 sets what this command does not read; it reads quantize and"),
         (("--calibration", "missing.txt"), "missing.txt"),
+        (("--group-size", 49), "quantize.group_size is 49; it must be at most 48, the widest row of a linear"),
         (("--rank", 400), "quantize.rank is 400; it must be at most 16"),
         (("--length", 64), "calibration.length is 64; it must be at most 32"),
     ],
 )
 def test_a_refusal_is_one_sentence_and_status_1(apiq, model, corpus, tmp_path, arguments, sentence):
-    form = ("quantize", model, "--out", tmp_path / "q", "--windows", 4, "--length", 16, "--rank", 4, "--epochs", 1)
-    status, out, err = apiq(*form, "--calibration", corpus, *arguments, "--json")
+    form = ("quantize", model, "--out", tmp_path / "q", "--windows", 4, "--length", 16, "--group-size", 16)
+    status, out, err = apiq(*form, "--rank", 4, "--epochs", 1, "--calibration", corpus, *arguments, "--json")
     assert status == 1
     assert out == ""
     last = err.strip().splitlines()[-1]
