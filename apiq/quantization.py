@@ -24,7 +24,7 @@ from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.card import card
-from apiq.checkpoint.grid_config import described, exceptions, grid_of
+from apiq.checkpoint.grid_config import grid_entries, grid_of
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
 from apiq.checkpoint.original import content, remember
@@ -34,7 +34,6 @@ from apiq.errors import ApiqError
 from apiq.files import new_folder, read_json, write_json, write_text
 from apiq.meter import Meter
 from apiq.methods import build
-from apiq.methods.grid import grid_of as chosen_grid
 from apiq.outputs import require_place
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
@@ -105,7 +104,7 @@ def _write(
     with original.stream.rest() as model:
         write_rest(folder / REST, model, blocks.path, original.dtype)
     write_index(folder, [*files, REST], _shapes(store))
-    _write_config(original, folder, list(union), params, store)
+    _write_config(original, folder, list(union), store)
     if adapted:
         task = "CAUSAL_LM" if original.stream.model.can_generate() else None
         _write_adapters(store, folder, blocks.path, union, params, task)
@@ -172,22 +171,17 @@ def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> d
     }
 
 
-def _write_config(
-    original: FullPrecision, folder: Path, names: list[str], params: QuantizeParams, store: BlockStore
-) -> None:
-    usual = chosen_grid(params)
+def _write_config(original: FullPrecision, folder: Path, names: list[str], store: BlockStore) -> None:
     grids = {name: grid_of(grid) for record in store.records for name, grid in record["grids"].items()}
-    others = exceptions(usual, grids)
     original.stream.model.config.save_pretrained(folder)
     config = read_json(folder / "config.json")
     config["dtype"] = str(original.dtype).removeprefix("torch.")
     config["quantization_config"] = {
         "quant_method": "apiq",
         "format": manifest.FORMAT,
-        **described(usual),
+        **grid_entries(grids),
         "blocks": original.stream.blocks.path,
         "linears": names,
-        **({"exceptions": others} if others else {}),
     }
     write_json(folder / "config.json", config)
     generation = getattr(original.stream.model, "generation_config", None)

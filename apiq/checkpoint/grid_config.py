@@ -6,6 +6,7 @@ called differs between a model with a head and one without.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,14 +43,16 @@ def grid_of(config: Mapping[str, Any]) -> Grid:
     return Grid(bits, group_size, config["symmetric"], config.get("offsets", False))
 
 
-def exceptions(default: Grid, grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
-    """By linear the entries in which its grid differs from the default one; linears without any are left out."""
-    usual = described(default)
+def grid_entries(grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """The entries for the grids of all linears by name: that of most of them and, where others differ, `exceptions`."""
+    usual = described(Counter(grids.values()).most_common(1)[0][0])
+    without = {"offsets": False}
     differing = {
-        name: {key: value for key, value in described(grid).items() if usual.get(key) != value}
+        name: {key: value for key, value in (without | described(grid)).items() if (without | usual).get(key) != value}
         for name, grid in grids.items()
     }
-    return {name: entries for name, entries in differing.items() if entries}
+    exceptions = {name: entries for name, entries in differing.items() if entries}
+    return {**usual, **({"exceptions": exceptions} if exceptions else {})}
 
 
 def grid_for(config: Mapping[str, Any], name: str) -> Grid:

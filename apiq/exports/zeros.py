@@ -15,7 +15,7 @@ from apiq.adapters.pooled import factors, is_only_lora, values
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.card import card
-from apiq.checkpoint.grid_config import described, exceptions, grid_of
+from apiq.checkpoint.grid_config import grid_entries
 from apiq.checkpoint.rewriting import put_offsets, without_adapters
 from apiq.checkpoint.writing import write_index
 from apiq.errors import ApiqError
@@ -98,11 +98,12 @@ def _write_config(source: Source, new: Path, merged: list[str]) -> None:
     """Write config.json, which says where offsets are."""
     before = source.config["quantization_config"]
     prefix = f"{before['blocks']}."
-    grids = {name: dataclasses.replace(grid, offsets=name in merged) for name, grid in source.grids.items()}
-    usual = dataclasses.replace(grid_of(before), offsets=len(merged) == len(grids))
-    others = exceptions(usual, {name.removeprefix(prefix): grid for name, grid in grids.items()})
-    kept = {key: value for key, value in before.items() if key != "exceptions"}
-    own = {**kept, "format": manifest.FORMAT, **described(usual), **({"exceptions": others} if others else {})}
+    grids = {
+        name.removeprefix(prefix): dataclasses.replace(grid, offsets=name in merged)
+        for name, grid in source.grids.items()
+    }
+    kept = {key: value for key, value in before.items() if key not in ("exceptions", "offsets")}
+    own = {**kept, "format": manifest.FORMAT, **grid_entries(grids)}
     write_json(new / "config.json", {**source.config, "quantization_config": own})
 
 

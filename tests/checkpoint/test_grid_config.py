@@ -2,7 +2,7 @@
 
 import pytest
 
-from apiq.checkpoint.grid_config import described, exceptions, grid_for, grid_of
+from apiq.checkpoint.grid_config import described, grid_entries, grid_for, grid_of
 from apiq.checkpoint.quantizer import ApiqConfig
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid
@@ -37,12 +37,14 @@ def test_a_folder_of_format_1_holds_the_affine_grid(symmetric):
     assert grid_of(old) == ApiqConfig(**old, blocks="model.layers", linears=["q"]).grid == Grid(3, 32, symmetric)
 
 
-def test_the_exceptions_are_read_as_they_were_written():
-    usual = Grid(2, 64, False)
-    grids = {f"0.{number}": grid for number, grid in enumerate([usual, *GRIDS, Grid(3, 64, False)])}
-    config = {**described(usual), "exceptions": exceptions(usual, grids)}
-    assert "0.0" not in config["exceptions"]
+@pytest.mark.parametrize("offsets", [False, True])
+def test_the_grid_of_most_linears_is_the_usual_one_and_the_others_are_read_as_they_were_written(offsets):
+    usual = Grid(2, 64, False, offsets=offsets)
+    grids = {f"0.{number}": grid for number, grid in enumerate([usual, *GRIDS, Grid(3, 64, False, offsets=offsets)])}
+    grids["1.0"] = grids["1.1"] = usual
+    config = grid_entries(grids)
+    assert described(usual).items() <= config.items() and config["exceptions"].keys().isdisjoint({"0.0", "1.0", "1.1"})
     assert config["exceptions"][f"0.{len(GRIDS) + 1}"] == {"bits": 3}
     read = ApiqConfig(**config, blocks="model.layers", linears=["q"])
-    for name, grid in {**grids, "1.0": usual}.items():
+    for name, grid in {**grids, "2.0": usual}.items():
         assert grid_for(config, name) == read.grid_for(name) == ApiqConfig(**read.to_dict()).grid_for(name) == grid
