@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apiq.adapters.base import base_of
 from apiq.blocks.activations import Activations, choose_home
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall, capture
@@ -184,7 +185,7 @@ def _deployed(original: ModelStream, loaded: Loaded) -> nn.ModuleList:
     if loaded.kind != "quantized":
         raise ApiqError(f"{loaded.folder} is a {loaded.kind} model; errors are those of a quantized one.")
     path, count = original.blocks.path, len(original.blocks.modules)
-    model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+    model = base_of(loaded.model)
     blocks = model.get_submodule(model.config.quantization_config.blocks)
     if model.config.quantization_config.blocks != path or len(blocks) != count:
         raise ApiqError(

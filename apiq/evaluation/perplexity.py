@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
 
+from apiq.adapters.base import base_of
 from apiq.errors import ApiqError
 from apiq.progress import Progress, Step, silent
 
@@ -69,7 +69,7 @@ def require_causal(model: Any) -> None:
     Raises:
         ApiqError: it is one.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if not base.can_generate():
         raise ApiqError(
             f"{type(base).__name__} does not predict the next token; perplexity, tasks and finetuning are for models "

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor, nn
 
+from apiq.adapters.base import base_of
 from apiq.errors import ApiqError
 
 
@@ -18,7 +18,7 @@ def head_of(model: Any) -> nn.Module:
     Raises:
         ApiqError: the model does not say which of its modules is the head.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     head = base.get_output_embeddings()
     if head is None:
         raise ApiqError(
