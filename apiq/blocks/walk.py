@@ -11,6 +11,7 @@ The error of the earlier blocks is in Xq, so every block also undoes what it can
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,15 +73,15 @@ class Walk:
         if isinstance(self.method, Surveyor):
             self._survey(self.method, X, calls)
         for index in range(done, count):
-            try:
-                X, Xq = self._block(index, calls[index], X, Xq)
-            except OutOfMemory:
-                if X is None or Xq is None or not movable(X):
-                    raise
-                alike, memory = Xq is X, Home("memory", self.device)
-                X = X.moved(memory)
-                Xq = X if alike else Xq.moved(memory)
-                X, Xq = self._block(index, calls[index], X, Xq)
+            while True:
+                try:
+                    X, Xq = self._block(index, calls[index], X, Xq)
+                    break
+                except (OutOfMemory, torch.OutOfMemoryError):
+                    if X is None or Xq is None or not movable(X):
+                        raise
+                # what was allocated is held by the traceback until here
+                X, Xq = self._moved(X, Xq)
 
     def _block(
         self, index: int, call: BlockCall, X: Activations | None, Xq: Activations | None
@@ -96,6 +97,14 @@ class Walk:
         self._save(block, index, adapters, problem.targets, Xq)
         self._finish(block, index, solution, last)
         return problem.targets, Xq
+
+    def _moved(self, X: Activations, Xq: Activations) -> tuple[Activations, Activations]:
+        """The activations in RAM, and the memory of the device as empty as it was before the block."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        moved = X.moved(Home("memory", self.device))
+        return moved, moved if Xq is X else Xq.moved(moved.home)
 
     def _start(self, done: int) -> tuple[Activations | None, Activations | None, list[BlockCall]]:
         count = len(self.stream.blocks.modules)

@@ -1,6 +1,9 @@
 """A walk that was stopped goes on, and ends in the same bytes."""
 
+import weakref
+
 import pytest
+import torch
 
 from apiq.blocks import walk
 from apiq.errors import ApiqError
@@ -72,19 +75,25 @@ def test_the_old_output_stays_until_the_new_one_stands(make):
     assert content(old) != before
 
 
-def test_when_one_window_does_not_fit_the_activations_leave_the_device_and_the_block_is_done_again(make, monkeypatch):
+@pytest.mark.parametrize("error", [OutOfMemory, torch.OutOfMemoryError])
+def test_when_one_window_does_not_fit_the_activations_leave_the_device_and_the_block_is_done_again(
+    make, monkeypatch, error
+):
     """On a stand-in for a GPU: the walk cannot tell a device that says it is one."""
     whole, _ = make("whole")
-    homes, solve = [], ApiqBlockwise.solve
+    homes, solve, first = [], ApiqBlockwise.solve, []
 
     def short_of_memory(self, problem):
         homes.append(problem.X.home.kind)
         if homes[-1] == "device":
-            raise OutOfMemory("no memory for a single window")
+            held = problem, problem.block, problem.X.rows, problem.Xq.rows, problem.targets.rows
+            first[:] = [weakref.ref(each) for each in held]
+            raise error("no memory for a single window")
+        assert [each() for each in first] == [None] * len(first)  # the first try left the device
         return solve(self, problem)
 
     monkeypatch.setattr(ApiqBlockwise, "solve", short_of_memory)
-    with pytest.raises(OutOfMemory):
+    with pytest.raises(error):
         make("short")  # on a CPU there is nowhere to move to
     assert homes == ["device"]
     monkeypatch.setattr(walk, "movable", lambda X: X is not None and X.home.kind == "device")
