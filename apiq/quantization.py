@@ -6,11 +6,12 @@ import contextlib
 import copy
 import csv
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apiq import parallel
 from apiq.adapters.configuration import model_config, resolved
@@ -19,7 +20,7 @@ from apiq.adapters.targets import Shapes, largest, shapes
 from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears
 from apiq.blocks.store import BlockStore
-from apiq.blocks.unfuse import unfuse
+from apiq.blocks.unfuse import require_covered, unfuse
 from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
@@ -64,7 +65,7 @@ def quantize(
     own, part = (None, params.batch_size) if windows is None else parallel.share(windows, params.batch_size)
     original = full_precision(source)
     require_place(out, original.folder)
-    found = [shapes(linears(unfuse(copy.deepcopy(block)))) for block in original.stream.blocks.modules]
+    found = [shapes(linears(block)) for block in _unfused(original)]
     compute = solver_dtype(params.dtype, device, largest(found))
     if compute == torch.float32:
         original = full_precision(source, torch.float32)
@@ -110,6 +111,15 @@ def _write(
         _write_adapters(store, folder, blocks.path, union, params, task)
     _write_losses(store, folder / "losses.csv")
     write_json(folder / "metrics.json", _metrics(store, folder, params))
+
+
+def _unfused(original: FullPrecision) -> Iterator[nn.Module]:
+    """The blocks, without data, all of whose weights are linears."""
+    blocks = original.stream.blocks
+    for index, block in enumerate(blocks.modules):
+        alone = unfuse(copy.deepcopy(block))
+        require_covered(alone, f"{blocks.path}.{index}")
+        yield alone
 
 
 def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: bool) -> None:

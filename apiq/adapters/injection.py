@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -42,7 +43,7 @@ class Adapters:
         """
         self.tuner = TUNERS[params.adapter]
         config = block_config(params, linears, start, ranks)
-        with _seeded(block, params.seed if self.tuner.shared else seed), _quiet(), asked_once():
+        with _seeded(block, params.seed if self.tuner.shared else seed), _placed(block), _quiet(), asked_once():
             try:
                 self._model = peft.get_peft_model(block, config)
             except (ValueError, TypeError, NotImplementedError) as error:
@@ -136,6 +137,16 @@ def model_state(path: str, blocks: list[dict[str, Tensor]], tuner: Tuner) -> dic
             state[key] = value
         counted += len(numbered)
     return state
+
+
+@contextlib.contextmanager
+def _placed(block: nn.Module) -> Iterator[None]:
+    """Tell PEFT the device of the block, which it would take from a parameter: OLMo's blocks keep none but weights."""
+    block.hf_device_map = {"": next(itertools.chain(block.parameters(), block.buffers())).device}  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del block.hf_device_map
 
 
 @contextlib.contextmanager

@@ -57,12 +57,17 @@ class ModelStream:
         self._require_complete()
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
-        """Block `index` with its weights, on `device`, in evaluation mode."""
+        """Block `index` with its weights, on `device`, in evaluation mode.
+
+        It has the config of the model where it has none of its own: PEFT asks for it before it puts adapters on.
+        """
         prefix, empty = f"{self.blocks.path}.{index}.", copy.deepcopy(self.blocks.modules[index])
         self._load(lambda name: name.startswith(prefix), device)
         block = self.blocks.modules[index]
         self.blocks.modules[index] = empty  # the skeleton stays as it is, the block is the caller's
         self._require_loaded(block, prefix)
+        if not hasattr(block, "config"):
+            block.config = self.model.config  # pyright: ignore[reportArgumentType] (not a module)
         return block.eval()
 
     @contextlib.contextmanager

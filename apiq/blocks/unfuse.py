@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from apiq.blocks.architecture import replace
 from apiq.errors import ApiqError
 
+LEFT_OUT = 0.1
+"""The largest share of a block that may stay at full precision: what a recurrence decays by, say."""
+
 
 def unfuse(block: nn.Module) -> nn.Module:
     """Rewrite `block` in place so that its weights are nn.Linear; it computes what it computed before.
@@ -39,11 +42,17 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 class Expert(nn.Module):
-    """One expert: down(gate(gate_up(x))), where `gate` multiplies one half by the activation of the other."""
+    """One expert: down(gate(up(x))); after a gate_up_proj `gate` multiplies one half by the activation of the other."""
 
-    def __init__(self, gate_up_proj: nn.Linear, down_proj: nn.Linear):
+    def __init__(self, up: str, first: nn.Linear, last: nn.Linear):
         super().__init__()
-        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.add_module(up, first)
+        self.down_proj = last
+
+    def forward(self, hidden_states: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output (n, width) for tokens (n, width)."""
+        first, last = self.children()
+        return last(gate(first(hidden_states)))
 
 
 class Experts(nn.ModuleList):
@@ -52,23 +61,19 @@ class Experts(nn.ModuleList):
     _gate: Callable[[Tensor], Tensor]
 
     def __init__(self, fused: nn.Module):
-        biased = bool(getattr(fused, "has_bias", False))
-        super().__init__(
-            Expert(
-                linear_of(_matrix(fused, "gate_up_proj", e), _bias(fused, "gate_up_proj", e) if biased else None),
-                linear_of(_matrix(fused, "down_proj", e), _bias(fused, "down_proj", e) if biased else None),
-            )
-            for e in range(fused.gate_up_proj.shape[0])  # type: ignore[union-attr]
-        )
+        gated = "gate_up_proj" in fused._parameters
+        up = "gate_up_proj" if gated else "up_proj"
+        count = len(fused._parameters[up])  # type: ignore[arg-type]
+        super().__init__(Expert(up, _linear(fused, up, e), _linear(fused, "down_proj", e)) for e in range(count))
         fused._parameters.clear()
-        object.__setattr__(self, "_gate", fused._apply_gate)  # no submodule: it has nothing left but its gate
+        gate = fused._apply_gate if gated else fused.act_fn
+        object.__setattr__(self, "_gate", gate)  # no submodule: it has nothing left but its gate
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum over the chosen experts of weight times output, for tokens (n, width), (n, k), (n, k)."""
         result = torch.zeros_like(hidden_states)
         for number, token, place in self._chosen(top_k_index):
-            expert: Expert = self[number]  # type: ignore[assignment]
-            output = expert.down_proj(self._gate(expert.gate_up_proj(hidden_states[token])))
+            output = self[number](hidden_states[token], self._gate)
             result.index_add_(0, token, (output * top_k_weights[token, place, None]).to(result.dtype))
         return result
 
@@ -81,22 +86,44 @@ class Experts(nn.ModuleList):
 
 
 def _is_fused(module: nn.Module) -> bool:
-    held = module._parameters
-    if not all(isinstance(held.get(name), Tensor) and held[name].dim() == 3 for name in ("gate_up_proj", "down_proj")):  # type: ignore[union-attr]
+    held = {name for name, value in module._parameters.items() if isinstance(value, Tensor) and value.dim() == 3}
+    if not held >= {"down_proj"} or held.isdisjoint(("gate_up_proj", "up_proj")):
         return False
+    wanted = "_apply_gate" if "gate_up_proj" in held else "act_fn"
     unknown = [name for name in ("has_post_expert_norm",) if getattr(module, name, False)]
-    if unknown or not getattr(module, "has_gate", True) or not hasattr(module, "_apply_gate"):
+    unknown += [] if hasattr(module, wanted) else [f"no {wanted}"]
+    if unknown:
         raise ApiqError(
             f"the experts in {type(module).__name__} are laid out in a way that apiq does not know "
-            f"({', '.join(unknown) or 'no gate'}); this model cannot be quantized yet."
+            f"({', '.join(unknown)}); this model cannot be quantized yet."
         )
     return True
 
 
-def _matrix(fused: nn.Module, name: str, expert: int) -> Tensor:
+def _linear(fused: nn.Module, name: str, expert: int) -> nn.Linear:
     weight = fused._parameters[name][expert].detach()  # type: ignore[index]
-    return weight.t() if getattr(fused, "is_transposed", False) else weight
+    bias = fused._parameters[f"{name}_bias"][expert] if getattr(fused, "has_bias", False) else None  # type: ignore[index]
+    return linear_of(weight.t() if getattr(fused, "is_transposed", False) else weight, bias)
 
 
-def _bias(fused: nn.Module, name: str, expert: int) -> Tensor:
-    return fused._parameters[f"{name}_bias"][expert]  # type: ignore[index]
+def require_covered(block: nn.Module, name: str) -> None:
+    """Refuse a block of which more than a share of LEFT_OUT lies in tensors that are no linears.
+
+    Raises:
+        ApiqError: experts, say, are stacked in a way that `unfuse` does not know; names the tensors.
+    """
+    known = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
+    owners = {child: module for child, module in block.named_modules() if not isinstance(module, known)}
+    left = {
+        f"{child}.{key}".lstrip("."): value
+        for child, module in owners.items()
+        for key, value in module.named_parameters(recurse=False)
+        if value.dim() > 1
+    }
+    share = sum(v.numel() for v in left.values()) / max(sum(p.numel() for p in block.parameters() if p.dim() > 1), 1)
+    if share > LEFT_OUT:
+        told = ", ".join(f"{key} {tuple(value.shape)}" for key, value in left.items())
+        raise ApiqError(
+            f"{share:.0%} of the weights of {name} lie in tensors that are no linears, {told}, and would stay at full "
+            "precision; this model cannot be quantized yet."
+        )

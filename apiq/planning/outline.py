@@ -16,7 +16,7 @@ from apiq.blocks.activations import Home
 from apiq.blocks.architecture import Blocks, find_blocks, text_model
 from apiq.blocks.capture import BlockCall, capture
 from apiq.blocks.stream import skeleton
-from apiq.blocks.unfuse import unfuse
+from apiq.blocks.unfuse import require_covered, unfuse
 from apiq.errors import ApiqError
 from apiq.models import config as configs
 from apiq.models import manifest
@@ -74,7 +74,8 @@ def outline(model: ModelParams) -> Outline:
     """The shapes of the model that `model` names; no weight is read or fetched.
 
     Raises:
-        ApiqError: there is no config.json to be had, or transformers cannot make a model of it.
+        ApiqError: there is no config.json to be had, transformers cannot make a model of it, or much of a block lies in
+            tensors that are no linears.
     """
     config, folder = read_config(model)
     if getattr(config, "quantization_config", None):
@@ -82,8 +83,8 @@ def outline(model: ModelParams) -> Outline:
     storage = _storage(config)
     made = skeleton(copy.deepcopy(config), storage)
     blocks = find_blocks(made)
-    for block in blocks.modules:
-        unfuse(block)
+    for index, block in enumerate(blocks.modules):
+        require_covered(unfuse(block), f"{blocks.path}.{index}")
     return Outline(config, made, blocks, storage, _tokenizer_bytes(folder))
 
 

@@ -13,7 +13,8 @@ from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
 from apiq.grids.affine import Grid, extrema, fake_quantize, scale_and_zero
 from apiq.layers.packed import PackedLinear
-from apiq.params import QuantizeParams
+from apiq.params import ModelParams, QuantizeParams
+from apiq.planning.outline import outline
 from apiq.quantization import quantize
 from tests.families.zoo import BLOCKS, ENCODERS, WORDS, ZOO
 
@@ -74,7 +75,7 @@ def test_the_reloaded_model_is_the_rounded_one(folder, model, family, tmp_path):
     quantize(folder, None, QuantizeParams(method="rtn", bits=4, group_size=16), out)
     loaded = apiq.load(out).model
     packed = [module for module in loaded.modules() if isinstance(module, PackedLinear)]
-    assert len(packed) == BLOCKS * ZOO[family].linears
+    assert len(packed) == ZOO[family].total
     tokens = torch.randint(4, WORDS, (2, 12))
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, rounded(model)(tokens).logits, rtol=0, atol=1e-5)
@@ -104,3 +105,28 @@ def test_a_checkpoint_without_the_weights_of_a_block_is_refused_before_any_work(
     model.save_pretrained(tmp_path / "original", state_dict=state)
     with pytest.raises(ApiqError, match=r"no weights, or none of the right shape, for model\.layers\.2\.mlp\.up_proj"):
         quantize(tmp_path / "original", None, QuantizeParams(method="rtn"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_model_whose_experts_are_stacked_in_an_unknown_way_is_refused(tmp_path, planned):
+    config = transformers.JetMoeConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2,
+        kv_channels=8, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    transformers.JetMoeForCausalLM(config).save_pretrained(tmp_path / "original")
+    with pytest.raises(ApiqError, match=r"95% of the weights of model\.layers\.0 .* mlp\.input_linear\.weight \(4, "):
+        if planned:
+            outline(ModelParams(source=str(tmp_path / "original")))
+        else:
+            quantize(tmp_path / "original", None, QuantizeParams(method="rtn", group_size=16), tmp_path / "out")
+
+
+def test_an_adapter_that_peft_puts_on_a_block_but_not_on_the_model_is_refused_at_once(tmp_path):
+    config = transformers.FalconH1Config(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+    )  # fmt: skip
+    transformers.FalconH1ForCausalLM(config).save_pretrained(tmp_path / "original")
+    windows = torch.randint(4, WORDS, (2, 8))
+    with pytest.raises(ApiqError, match="Module 'out_proj' is incompatible with Mamba-based models"):
+        quantize(tmp_path / "original", windows, QuantizeParams(group_size=16, rank=4, epochs=1), tmp_path / "out")

@@ -29,8 +29,13 @@ class Member:
     head: str
     """The transformers class that is loaded."""
     config: PretrainedConfig
-    linears: int
-    """Quantized linears in one block."""
+    linears: int | tuple[int, ...]
+    """Quantized linears in one block, or in each."""
+
+    @property
+    def total(self) -> int:
+        """Quantized linears in all blocks."""
+        return sum(self.linears) if isinstance(self.linears, tuple) else BLOCKS * self.linears
 
 
 def _rope(**sections):
@@ -65,6 +70,13 @@ DECODERS = {
         "Qwen2MoeForCausalLM", hf.Qwen2MoeConfig(**_SPARSE, shared_expert_intermediate_size=40), 4 + 3 + 2 * 4
     ),
     "qwen3_moe": Member("Qwen3MoeForCausalLM", hf.Qwen3MoeConfig(**_SPARSE, head_dim=8), 4 + 2 * 4),
+    "nemotron_h": Member(  # experts without a gate
+        "NemotronHForCausalLM",
+        hf.NemotronHConfig(**_DECODER, head_dim=8, hybrid_override_pattern="E*E", n_routed_experts=4,
+                           num_experts_per_tok=2, moe_intermediate_size=24, moe_shared_expert_intermediate_size=40,
+                           n_group=1, topk_group=1), (2 + 2 * 4, 4, 2 + 2 * 4),
+    ),
+    "olmo": Member("OlmoForCausalLM", hf.OlmoConfig(**_DECODER), 7),  # no parameters but weights
 }  # fmt: skip
 ENCODERS = {
     "bert": Member("BertForSequenceClassification", hf.BertConfig(**_ENCODER), 6),

@@ -267,7 +267,7 @@ def test_predicted_memory_against_the_peak_of_a_child_process(tmp_path, monkeypa
     from transformers import LlamaForCausalLM
 
     monkeypatch.setenv("APIQ_WORK", str(tmp_path / "work"))
-    for name, width, blocks in (("small", 16, 1), ("large", 512, 4)):
+    for name, width, blocks in (("small", 64, 1), ("large", 512, 4)):
         config = LlamaConfig(
             vocab_size=61, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
