@@ -38,7 +38,7 @@ from apiq.methods import build
 from apiq.outputs import require_place
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, silent
-from apiq.work import alone, code_version, fingerprint, work_folder
+from apiq.work import alone, code_version, fingerprint, forget, work_folder
 
 
 def quantize(
@@ -88,7 +88,7 @@ def quantize(
                 manifest.write(folder, "quantized", **_facts(params, windows, identity))
                 write_text(folder / "README.md", card(folder))
             remember(identity["model"], original.folder)
-            shutil.rmtree(work)
+            forget(work)
         parallel.wait()
     metrics, cost = read_json(Path(out) / "metrics.json"), meter.reading()
     return {**metrics, **cost, "cpu_seconds": round(cost["cpu_seconds"] + spent, 3), "out": str(out)}

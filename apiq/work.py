@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def alone(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+
+
+def forget(folder: Path) -> None:
+    """Remove finished work.
+
+    It is renamed first: what a process that is killed meanwhile leaves is not taken for work to go on with.
+    """
+    doomed = folder.with_name(f".{folder.name}.done")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def code_version() -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from apiq import parallel
 from apiq.blocks.activations import Activations, Home, batches
+from apiq.checkpoint.layout import block_file
 from apiq.errors import ApiqError
 from apiq.files import read_json, write_json
 
@@ -35,21 +36,32 @@ class BlockStore:
     """The work folder of one walk."""
 
     def __init__(self, folder: Path):
+        """Take up what is in the folder.
+
+        Raises:
+            ApiqError: a file of a finished block is missing or damaged.
+        """
         self.folder = folder
         self.records: list[dict[str, Any]] = []
         self.cpu_seconds = 0.0
-        if (folder / STATE).exists():
+        if not (folder / STATE).exists():
+            return
+        with self._unharmed():
             state = read_json(folder / STATE)
             self.records, self.cpu_seconds = state["records"], state["cpu_seconds"]
+            for index in range(len(self.records)):
+                for path in (folder / block_file(index), self._adapters(index)):
+                    with safe_open(path, framework="pt"):  # which compares its header and its size
+                        pass
 
     def save_adapters(self, index: int, adapters: Mapping[str, Tensor]) -> None:
         """Write the adapters of block `index`."""
-        with replacing(self.folder / f"adapter-{index:03d}.safetensors") as path:
+        with replacing(self._adapters(index)) as path:
             save_file({name: value.cpu().contiguous() for name, value in adapters.items()}, path)
 
     def adapters(self) -> list[dict[str, Tensor]]:
         """The adapters of every finished block."""
-        return [load_file(self.folder / f"adapter-{index:03d}.safetensors") for index in range(len(self.records))]
+        return [load_file(self._adapters(index)) for index in range(len(self.records))]
 
     def save_activations(self, index: int, X: Activations, Xq: Activations) -> None:
         """Write the inputs of block `index` in the full-precision and in the quantized model."""
@@ -62,13 +74,8 @@ class BlockStore:
         Raises:
             ApiqError: the file is damaged.
         """
-        try:
-            with safe_open(self._activations(index), framework="pt") as file:
-                return _read_rows(file, "X", home), _read_rows(file, "Xq", home)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ApiqError(
-                f"the unfinished work in {self.folder} is damaged ({error}); delete it and start again."
-            ) from None
+        with self._unharmed(), safe_open(self._activations(index), framework="pt") as file:
+            return _read_rows(file, "X", home), _read_rows(file, "Xq", home)
 
     def save_survey(self, found: Mapping[str, Tensor]) -> None:
         """Write what a method found out of the whole model."""
@@ -76,8 +83,15 @@ class BlockStore:
             save_file({name: value.cpu().contiguous() for name, value in found.items()}, path)
 
     def survey(self) -> dict[str, Tensor] | None:
-        """Read it; None before it was written."""
-        return load_file(self.folder / SURVEY) if (self.folder / SURVEY).exists() else None
+        """Read it; None before it was written.
+
+        Raises:
+            ApiqError: the file is damaged.
+        """
+        if not (self.folder / SURVEY).exists():
+            return None
+        with self._unharmed():
+            return load_file(self.folder / SURVEY)
 
     def finish(self, record: dict[str, Any], cpu_seconds: float) -> None:
         """Declare the next block finished, and drop the activations that it started from."""
@@ -88,6 +102,20 @@ class BlockStore:
             write_json(self.folder / STATE, {"records": self.records, "cpu_seconds": cpu_seconds})
         parallel.wait()
         self._activations(len(self.records) - 1).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        """Say of what cannot be read that it is damaged."""
+        try:
+            yield
+        except (SafetensorError, FileNotFoundError, KeyError, TypeError, ApiqError) as error:
+            told = " ".join(str(error).split()).rstrip(".")
+            raise ApiqError(
+                f"the unfinished work in {self.folder} is damaged ({told}); delete it and start again."
+            ) from None
+
+    def _adapters(self, index: int) -> Path:
+        return self.folder / f"adapter-{index:03d}.safetensors"
 
     def _activations(self, index: int) -> Path:
         own = f"-{parallel.rank()}" if parallel.size() > 1 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from apiq.method_params import WITHOUT_ADAPTERS
 from apiq.outputs import require_place
 from apiq.params import QuantizeParams, parse
 from apiq.progress import Progress, silent
-from apiq.work import alone, work_folder
+from apiq.work import alone, forget, work_folder
 
 
 def merge(folder: str | Path, out: str | Path, dtype: str = "auto") -> dict[str, Any]:
@@ -87,7 +86,7 @@ def requantize(
                 write_merged(source, new, source.dtype)
         before = perplexity(load(folder).model, text, progress=progress)
         result = quantize(work / "merged", windows, params, out, progress)
-        shutil.rmtree(work)
+        forget(work)
     after = perplexity(load(out).model, text, progress=progress)
     return {"perplexity_before": before, "perplexity_after": after, **result}
 

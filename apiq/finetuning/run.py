@@ -37,7 +37,7 @@ from apiq.outputs import require_place
 from apiq.params import FinetuneParams
 from apiq.progress import Progress, silent
 from apiq.randomness import borrowed
-from apiq.work import alone, code_version, work_folder
+from apiq.work import alone, code_version, forget, work_folder
 
 COLUMNS = ["step", "loss", "held_out_loss", "learning_rate"]
 CONFIG = "adapter_config.json"
@@ -101,7 +101,7 @@ def finetune(
             if first:
                 began = folder / "adapter" if pooling is None else work / POOLED
                 _write(out, began, loaded, examples, start, trainer.state, pooling)
-                shutil.rmtree(work)
+                forget(work)
             parallel.wait()
     return read_json(out / "metrics.json") | meter.reading()
 

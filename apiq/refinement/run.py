@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from apiq.refinement.hidden import distance, hidden_states
 from apiq.refinement.kept import Kept, Rows
 from apiq.refinement.teacher import Predictions, predictions
 from apiq.refinement.trained import Trained
-from apiq.work import alone, code_version, fingerprint, work_folder
+from apiq.work import alone, code_version, fingerprint, forget, work_folder
 
 LOSSES = "refine.csv"
 HIDDEN = "hidden"
@@ -111,7 +110,7 @@ def refine(
         with new_folder(Path(out)) as new:
             rewritten(folder, new, trained.scales(), adapters, params.adapter_bits)
             _describe(new, facts, params, trace, result)
-        shutil.rmtree(work)
+        forget(work)
     return {**result, **kept.cost(), "out": str(out)}
 
 

@@ -1,6 +1,8 @@
 """A walk that was stopped goes on, and ends in the same bytes."""
 
+import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,13 +58,40 @@ def test_other_parameters_begin_anew(make, work):
     assert len(list(work.iterdir())) == 1  # the first one is still waiting
 
 
-def test_damaged_work_is_refused_with_what_to_do(make, work):
+@pytest.mark.parametrize("name", ["activations-001", "block-000", "adapter-000", "state"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_damaged_work_is_refused_with_what_to_do(make, work, name, damage):
     with pytest.raises(Stopped):
         make("stopped", progress=stop_at(1.2))
-    (path,) = work.glob("*/activations-001.safetensors")
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ApiqError, match="delete it and start again"):
+    (path,) = work.glob(f"*/{name}.*")
+    path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -50])
+    if damage == "missing":
+        path.unlink()
+    if (name, damage) == ("state", "missing"):
+        make("stopped")  # without it nothing is finished
+        return
+    with pytest.raises(ApiqError, match=r"is damaged \(.*\); delete it and start again"):
         make("stopped")
+
+
+def test_a_kill_while_finished_work_is_removed_leaves_none_to_go_on_with(make, work, monkeypatch):
+    remove = shutil.rmtree
+
+    def killed(path, *arguments, **options):
+        if not (Path(path) / "state.json").exists():
+            return remove(path, *arguments, **options)
+        (Path(path) / "adapter-000.safetensors").unlink()
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Stopped):
+            make("whole")
+    assert list(work.iterdir())
+    steps = []
+    make("whole", progress=steps.append)
+    assert min(step.done for step in steps) < 1
+    assert not list(work.iterdir())
 
 
 def test_the_old_output_stays_until_the_new_one_stands(make):
