@@ -73,7 +73,7 @@ def quantize(
     _check_fit(original, windows, union, params)
     spelled = resolved(params, found) if method.adapted else params
     solved = spelled.model_copy(update={"batch_size": part})
-    identity = _identity(original.folder, windows, params)
+    identity = _identity(original.folder, windows, params) | {"device": device.type, "compute": str(compute)}
     folder = work_folder(identity)
     with alone(folder) if parallel.rank() == 0 else contextlib.nullcontext(folder) as work:
         store = BlockStore(work)

@@ -30,26 +30,36 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """The nn.ModuleList of modules of one class, in the text part of the model, that holds the most weights.
+    """The nn.ModuleList in the text part of the model, inside no other, that holds the most weights.
 
     Raises:
-        ApiqError: no such list is there.
+        ApiqError: no such list is there, its modules are not of one class, or the model has an encoder and a decoder.
     """
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ApiqError(
+            f"{kind} has an encoder and a decoder, of which apiq would quantize one alone; take a model that is either."
+        )
     text = text_model(model)
     outer = next((name for name, module in model.named_modules() if module is text), "")
-    lists = {
-        f"{outer}.{name}".strip("."): module
-        for name, module in text.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
-    }
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in text.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{known}.") for known in lists):
+            lists[name] = module
     sizes = {name: sum(p.numel() for p in module.parameters() if p.dim() > 1) for name, module in lists.items()}
     path = max(sizes, key=lambda name: sizes[name], default="")
-    if not path or not sizes[path]:
+    if not sizes.get(path):
         raise ApiqError(
-            f"no transformer blocks were found in {type(model).__name__}: looked in {type(text).__name__} for an "
-            f"nn.ModuleList of modules of one class with weights, found the lists {', '.join(lists) or 'none'}."
+            f"no transformer blocks were found in {kind}: looked in {type(text).__name__} for an nn.ModuleList with "
+            f"weights, found the lists {', '.join(lists) or 'none'}."
         )
-    return Blocks(path, lists[path])
+    classes = dict.fromkeys(type(module).__name__ for module in lists[path])
+    if len(classes) > 1:
+        raise ApiqError(
+            f"the blocks of {kind} in {path} are of several classes, {', '.join(classes)}; such a model cannot be "
+            "quantized block by block."
+        )
+    return Blocks(f"{outer}.{path}".strip("."), lists[path])
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -109,8 +109,9 @@ class _Recorder:
     def calls(self, windows: Tensor) -> tuple[Tensor, list[Any]]:
         """The hidden states of the first window, and what each block is called with besides them."""
         first = self._first(windows[:1])
-        # beside the emptiest no window is without a mask, and beside another it shows what is its own
-        other = windows[(windows == PADDING).sum(-1).argmax()] if self.padded else windows[-1]
+        # beside the emptiest no window is without a mask, and beside another one it shows what is its own
+        differing = (row for row in windows if not torch.equal(row, windows[0]))
+        other = windows[(windows == PADDING).sum(-1).argmax()] if self.padded else next(differing, windows[0])
         single = [_without_hidden(call) for call in self.forward(other[None])]
         pairs = [self._pair(windows[0], other)]
         if self.padded or varies(single, pairs[0]):
@@ -123,13 +124,28 @@ class _Recorder:
     def _first(self, window: Tensor) -> list[Call]:
         failures = (ApiqError, TypeError, ValueError, AttributeError, IndexError)
         try:
-            return self.forward(window)
+            return self._forward_of_states(window)
         except failures as failure:
             self.as_tuple = True  # as the blocks of some families return
             try:
-                return self.forward(window)
+                return self._forward_of_states(window)
             except failures:
-                raise failure from None
+                if isinstance(failure, ApiqError):
+                    raise failure from None
+                raise ApiqError(
+                    f"{type(self.base).__name__} cannot be run around its {type(self.blocks[0]).__name__} blocks "
+                    f"({failure}); such a model cannot be quantized block by block."
+                ) from None
+
+    def _forward_of_states(self, window: Tensor) -> list[Call]:
+        calls = self.forward(window)
+        shape = tuple(_hidden(*calls[0]).shape)
+        if shape[:-1] != tuple(window.shape):
+            raise ApiqError(
+                f"the blocks of {type(self.base).__name__} take hidden states of shape {shape} for windows "
+                f"{tuple(window.shape)}, not one vector a token; such a model cannot be quantized block by block."
+            )
+        return calls
 
     def forward(self, windows: Tensor) -> list[Call]:
         """What each block is called with for `windows`."""

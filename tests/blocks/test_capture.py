@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from apiq.blocks.activations import Activations, Home, batches, mean_squared_error
 from apiq.blocks.architecture import KEPT, find_blocks, linears, replace, text_model
-from apiq.blocks.arguments import BlockCall, Repeated
+from apiq.blocks.arguments import BlockCall, PerWindow, Repeated
 from apiq.blocks.capture import PADDING, capture, completed
 from apiq.blocks.unfuse import unfuse
 from apiq.errors import ApiqError
@@ -103,11 +103,11 @@ def test_unfused_blocks_hold_every_linear_and_compute_the_same_bits(member):
     blocks = find_blocks(model)
     windows = torch.randint(4, WORDS, (3, 16))
     X, calls = capture(model, blocks.modules, windows, torch.float32, lambda shape: HOME)
-    for block, call in zip(blocks.modules, calls, strict=True):
+    for block, call, count in zip(blocks.modules, calls, member.counts, strict=True):
         matrices = sum(p.numel() for p in block.parameters() if p.dim() > 1)
         before = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), 2)
         found = linears(unfuse(block))
-        assert len(found) == member.linears
+        assert len(found) == count
         routers = sum(p.numel() for name, p in block.named_parameters() if KEPT.search(name))
         assert sum(linear.weight.numel() for linear in found.values()) == matrices - routers
         after = X.mapped(lambda hidden, batch, block=block, call=call: call.run(block, hidden, batch), 2)
@@ -135,6 +135,62 @@ def test_capture_leaves_the_model_as_it_was():
     before = model(windows).logits
     capture(model, find_blocks(model).modules, windows, torch.float32, lambda shape: HOME)
     assert torch.equal(model(windows).logits, before)
+
+
+def test_an_argument_of_the_tokens_is_that_of_each_window_though_the_first_and_the_last_are_alike():
+    torch.manual_seed(0)
+    config = hf.Gemma4TextConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=WORDS, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"], sliding_window=8,
+    )  # fmt: skip
+    model = hf.Gemma4ForCausalLM(config).eval()
+    first, second = torch.randint(4, WORDS, (2, 1, 12))
+    windows = torch.cat([first, second, first])
+    _, calls = capture(model, find_blocks(model).modules, windows, torch.float32, lambda shape: HOME)
+    per_layer = [value for value in (*calls[0].args, *calls[0].kwargs.values()) if isinstance(value, PerWindow)]
+    assert per_layer and not torch.equal(per_layer[0].values[0], per_layer[0].values[1])
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "sentence"),
+    [
+        (
+            "T5ForConditionalGeneration",
+            hf.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+            "T5ForConditionalGeneration has an encoder and a decoder",
+        ),
+        (
+            "Zamba2ForCausalLM",
+            hf.Zamba2Config(
+                vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=8, chunk_size=8,
+                layers_block_type=["mamba", "hybrid", "mamba"], layer_types=["mamba", "hybrid", "mamba"],
+            ),
+            r"layers are of several classes, Zamba2MambaDecoderLayer, Zamba2HybridLayer",
+        ),
+        (
+            "RwkvForCausalLM",
+            hf.RwkvConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, context_length=64),
+            r"RwkvModel cannot be run around its RwkvBlock blocks \(.*\); such a model cannot",
+        ),
+        (
+            "Gemma3nForCausalLM",
+            hf.Gemma3nTextConfig(
+                vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, sliding_window=8, vocab_size_per_layer_input=WORDS,
+                hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0,
+                layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
+            ),
+            r"hidden states of shape \(4, 1, 12, 32\) for windows \(1, 12\), not one vector a token",
+        ),
+    ],
+)  # fmt: skip
+def test_a_family_that_cannot_be_driven_is_refused_in_a_sentence(head, config, sentence):
+    model = getattr(transformers, head)(config).eval()
+    windows = torch.randint(4, WORDS, (2, 12))
+    with pytest.raises(ApiqError, match=sentence):
+        capture(model, find_blocks(model).modules, windows, torch.float32, lambda shape: HOME)
 
 
 def test_what_all_blocks_share_is_moved_once(monkeypatch):

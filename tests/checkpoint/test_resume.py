@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apiq import quantization
 from apiq.blocks import walk
 from apiq.errors import ApiqError
 from apiq.memory import OutOfMemory
@@ -47,6 +48,17 @@ def test_a_stopped_walk_leaves_nothing_in_the_output(make, tmp_path):
     with pytest.raises(Stopped):
         make("stopped", progress=stop_at(1.2))
     assert not list(tmp_path.glob("*stopped*"))
+
+
+def test_work_begun_in_another_precision_is_not_gone_on_with(make, work, monkeypatch):
+    """As on another node, where `auto` stands for another one."""
+    whole, _ = make("whole")
+    with monkeypatch.context() as elsewhere, pytest.raises(Stopped):
+        elsewhere.setattr(quantization, "solver_dtype", lambda *_: torch.bfloat16)
+        make("stopped", progress=stop_at(1.2))
+    again, _ = make("stopped")
+    assert content(again) == content(whole)
+    assert len(list(work.iterdir())) == 1
 
 
 def test_other_parameters_begin_anew(make, work):

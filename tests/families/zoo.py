@@ -33,9 +33,9 @@ class Member:
     """Quantized linears in one block, or in each."""
 
     @property
-    def total(self) -> int:
-        """Quantized linears in all blocks."""
-        return sum(self.linears) if isinstance(self.linears, tuple) else BLOCKS * self.linears
+    def counts(self) -> tuple[int, ...]:
+        """Quantized linears in each block."""
+        return self.linears if isinstance(self.linears, tuple) else (self.linears,) * BLOCKS
 
 
 def _rope(**sections):

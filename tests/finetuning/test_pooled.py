@@ -186,6 +186,6 @@ def test_what_cannot_start_pooled_is_refused(update, match):
 
 
 def test_an_option_that_makes_it_another_adapter_is_refused(full, windows, tmp_path):
-    params = QuantizeParams(rank=4, epochs=1, pooled=True, adapter_options={"use_dora": True})
+    params = QuantizeParams(group_size=16, rank=4, epochs=1, pooled=True, adapter_options={"use_dora": True})
     with pytest.raises(ApiqError, match=r"quantize\.pooled is true, and the adapter on \S+ is not plain LoRA"):
         quantize(full, windows, params, tmp_path / "out")
