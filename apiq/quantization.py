@@ -19,6 +19,7 @@ from apiq.adapters.injection import model_state, ranks_of
 from apiq.adapters.targets import Shapes, largest, shapes
 from apiq.adapters.tuners import TUNERS
 from apiq.blocks.architecture import linears
+from apiq.blocks.capture import PADDING
 from apiq.blocks.store import BlockStore
 from apiq.blocks.unfuse import require_covered, unfuse
 from apiq.blocks.walk import Walk
@@ -73,7 +74,7 @@ def quantize(
     _check_fit(original, windows, union, params)
     spelled = resolved(params, found) if method.adapted else params
     solved = spelled.model_copy(update={"batch_size": part})
-    identity = _identity(original.folder, windows, params) | {"device": device.type, "compute": str(compute)}
+    identity = _identity(original.folder, windows, params, device, compute)
     folder = work_folder(identity)
     with alone(folder) if parallel.rank() == 0 else contextlib.nullcontext(folder) as work:
         store = BlockStore(work)
@@ -127,6 +128,11 @@ def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: b
         raise ApiqError(
             f"quantize.method is {params.method}, which needs calibration windows; give --calibration, or use rtn."
         )
+    if windows is not None and (windows.dim() != 2 or windows.is_floating_point() or not (windows != PADDING).any()):
+        raise ApiqError(
+            f"the calibration windows are {windows.dtype} of shape {tuple(windows.shape)}; they must be token ids of "
+            "shape (windows, length), and hold at least one token."
+        )
     if parallel.size() > 1 and params.held_out:
         raise ApiqError(
             f"quantize.held_out is {params.held_out}; it must be 0 with several processes: each holds its own windows."
@@ -144,14 +150,15 @@ def _check_fit(original: FullPrecision, windows: Tensor | None, linears: Shapes,
     if windows is None:
         return
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and windows.shape[1] > context:
+    if context is not None and 0 < context < windows.shape[1]:
         raise ApiqError(
             f"calibration.length is {windows.shape[1]}; it must be at most {context}, the context of the model."
         )
     rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-    if int(windows.max()) >= rows:
+    unknown = windows[(windows >= rows) | ((windows < 0) & (windows != PADDING))]
+    if unknown.numel():
         raise ApiqError(
-            f"the calibration windows hold token {int(windows.max())}, the model knows {rows}: "
+            f"the calibration windows hold token {int(unknown[0])}, the model knows {rows}: "
             "they were made with another tokenizer."
         )
 
@@ -168,12 +175,16 @@ def _facts(params: QuantizeParams, windows: Tensor | None, identity: dict[str, A
     return made | {"calibration": seen if params.calibrated else None, "original": fingerprint(identity["model"])}
 
 
-def _identity(folder: Path, windows: Tensor | None, params: QuantizeParams) -> dict[str, Any]:
+def _identity(
+    folder: Path, windows: Tensor | None, params: QuantizeParams, device: torch.device, compute: torch.dtype
+) -> dict[str, Any]:
     digest = None if windows is None else fingerprint({"windows": windows.tolist()})
     return {
         "model": content(folder),
         "windows": digest,
         "parameters": _deciding(params),
+        "device": device.type,
+        "compute": str(compute),
         "code": code_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -36,12 +36,16 @@ from apiq.checkpoint.layout import block_file
 from apiq.checkpoint.writing import shapes, stored, write_block
 from apiq.device import precision
 from apiq.errors import ApiqError
+from apiq.grids.affine import SCALE_DTYPE
 from apiq.memory import OutOfMemory
 from apiq.params import QuantizeParams
 from apiq.progress import Progress, Step
 
 COPIES = 5
 """Sets of activations alive at a time: X, Xq, the two targets, and the next Xq."""
+
+LARGEST = torch.finfo(SCALE_DTYPE).max / 2
+"""The largest weight for whose group a scale can be stored, whatever the bits."""
 
 
 @dataclass
@@ -88,7 +92,7 @@ class Walk:
     ) -> tuple[Activations | None, Activations | None]:
         """Quantize block `index`; its outputs in the full-precision and in the quantized model."""
         block = self.stream.load_block(index, self.device)
-        _require_finite(block, f"{self.stream.blocks.path}.{index}.")
+        _require_finite(block, f"{self.stream.blocks.path}.{index}.", LARGEST)
         unfuse(block).requires_grad_(False)
         problem = self._problem(block, index, call, X, Xq)
         solution = self.method.solve(problem)
@@ -195,16 +199,21 @@ class Walk:
         self.progress(Step("quantize", index + 1, count, f"block {index + 1}/{count}{told}", last))
 
 
-def _require_finite(module: nn.Module, prefix: str) -> None:
-    """Refuse weights that are not finite, of those that are in memory."""
+def _require_finite(module: nn.Module, prefix: str, largest: float = math.inf) -> None:
+    """Refuse weights that are not finite, of those that are in memory, and matrices with values beyond `largest`."""
     for name, value in module.state_dict().items():
         if value.device.type == "meta" or not value.is_floating_point() or not value.numel():
             continue
-        if not all(bool(bound.isfinite()) for bound in value.aminmax()):  # NaN is the least and the largest of all
-            raise ApiqError(
-                f"the weight {prefix}{name} of the model holds a value that is not finite; nothing sensible can be "
-                "quantized from it, get the model again."
-            )
+        least, most = (float(bound) for bound in value.aminmax())  # NaN is both
+        if math.isfinite(least) and math.isfinite(most) and (value.dim() < 2 or max(-least, most) <= largest):
+            continue
+        told = (
+            "that is not finite" if not math.isfinite(most - least) else f"of {max(-least, most):g}, beyond {largest:g}"
+        )
+        raise ApiqError(
+            f"the weight {prefix}{name} of the model holds a value {told}; nothing sensible can be quantized from it, "
+            "get the model again."
+        )
 
 
 def movable(X: Activations) -> bool:

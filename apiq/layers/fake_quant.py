@@ -60,7 +60,7 @@ class FakeQuantLinear(nn.Linear):
         self.bias = linear.bias
         self.temperature = 0.0  # of soft rounding, while it is annealed
         self.joint: Tensor | None = None  # Q, while `apiq.layers.joint` or `computed_once` holds it
-        self.room: Tensor | None = None  # where Q is made, while `apiq.layers.joint` lends it
+        self.room: Tensor | None = None  # where Q is made, while `apiq.layers.beside` lends it
 
     def scale_and_zero(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the present clipping range, each (out, G), float32."""

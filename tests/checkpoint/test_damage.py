@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from apiq.blocks.capture import PADDING
 from apiq.checkpoint.loading import load
 from apiq.errors import ApiqError
 from apiq.params import QuantizeParams
@@ -122,6 +123,28 @@ def test_what_does_not_fit_the_model(original, tmp_path, work, values, rows, len
     with pytest.raises(ApiqError, match=match):
         quantize(original, tokens, params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        (torch.zeros(0, 16, dtype=torch.long), r"windows are torch\.int64 of shape \(0, 16\)"),
+        (torch.zeros(16, dtype=torch.long), r"of shape \(16,\); they must be token ids of shape \(windows, length\)"),
+        (torch.zeros(2, 16), r"windows are torch\.float32"),
+        (torch.full((2, 16), PADDING), "hold at least one token"),
+        (torch.full((2, 16), -7), "hold token -7"),
+    ],
+)
+def test_windows_that_are_none(original, tmp_path, work, tokens, match):
+    with pytest.raises(ApiqError, match=match):
+        quantize(original, tokens, QuantizeParams(rank=4, epochs=1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["rtn", "apiq-bw"])
+def test_a_weight_for_which_no_scale_is_large_enough(original, windows, tmp_path, work, method):
+    copy = broken_copy(original, tmp_path, "model.layers.1.mlp.up_proj.weight", -1e6)
+    with pytest.raises(ApiqError, match=r"up_proj\.weight of the model holds a value of 1e\+06, beyond 32752"):
+        quantize(copy, windows, QuantizeParams(method=method, rank=4, epochs=1), tmp_path / "out")
 
 
 def test_an_adapted_method_without_windows(original, tmp_path, work):
