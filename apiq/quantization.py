@@ -26,6 +26,7 @@ from apiq.blocks.walk import Walk
 from apiq.checkpoint import manifest
 from apiq.checkpoint.accounting import effective_bits
 from apiq.checkpoint.card import card
+from apiq.checkpoint.carried import carry
 from apiq.checkpoint.grid_config import grid_entries, grid_of
 from apiq.checkpoint.layout import REST, block_file
 from apiq.checkpoint.loading import FullPrecision, full_precision
@@ -205,9 +206,7 @@ def _write_config(original: FullPrecision, folder: Path, names: list[str], store
         "linears": names,
     }
     write_json(folder / "config.json", config)
-    generation = getattr(original.stream.model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
+    carry(original.folder, folder, getattr(original.stream.model, "generation_config", None))
     if original.tokenizer is not None:
         original.tokenizer.save_pretrained(folder)
 
