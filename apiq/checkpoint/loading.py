@@ -21,6 +21,7 @@ from apiq.allocator import give_back_freed
 from apiq.blocks.stream import ModelStream
 from apiq.checkpoint import manifest, skipped
 from apiq.checkpoint.adapter_file import PACKED, adapter_file, read_adapter, write_adapter_file
+from apiq.checkpoint.base import base_of
 from apiq.checkpoint.fetching import fetched
 from apiq.checkpoint.spreading import forget_with, spread
 from apiq.device import pick_device, pick_dtype
@@ -115,11 +116,7 @@ def load(
         manifest.verify(folder)
     if kind == "finetuned":
         assert facts is not None
-        base = (folder / facts["base"]).resolve()
-        if not base.is_dir():
-            raise ApiqError(
-                f"{folder} was finetuned on {facts['base']} (seen from it), which is not there; put the base back."
-            )
+        base = base_of(folder, facts)
     if kind == "full":
         from apiq.models.source import locate
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from apiq.blocks.stream import skeleton
 from apiq.checkpoint import manifest
+from apiq.checkpoint.base import base_of
 from apiq.checkpoint.grid_config import grid_for
 from apiq.checkpoint.layout import INDEX
 from apiq.errors import ApiqError
@@ -163,7 +164,7 @@ def open_source(folder: str | Path) -> Source:
     facts = manifest.verify(folder)
     base = folder
     if facts["kind"] == "finetuned":
-        base = (folder / facts["base"]).resolve()
+        base = base_of(folder, facts)
     if base != folder:
         manifest.verify(base)
     if (kind := (manifest.read(base) or facts)["kind"]) != "quantized":

@@ -18,6 +18,7 @@ from apiq.adapters.pooled import Pooling
 from apiq.allocator import give_back_freed
 from apiq.checkpoint import manifest
 from apiq.checkpoint.adapter_file import read_adapter, write_adapter_file
+from apiq.checkpoint.base import noted
 from apiq.checkpoint.loading import Loaded, load
 from apiq.device import pick_device
 from apiq.errors import ApiqError
@@ -184,7 +185,7 @@ def _write(
         _write_adapter(new / "adapter", trained if best else began, relative(loaded.folder, out / "adapter"))
         write_text(new / "log.csv", _log(start, state.log_history))
         write_json(new / "metrics.json", metrics)
-        manifest.write(new, "finetuned", base=relative(loaded.folder, out), data=examples.source)
+        manifest.write(new, "finetuned", **noted(loaded.folder, out), data=examples.source)
 
 
 def _write_adapter(folder: Path, source: Path, base: str) -> None:

@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from apiq.checkpoint import manifest
 from apiq.checkpoint.loading import load
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import perplexity
+from apiq.exports.source import open_source
 from apiq.files import sha256_folder
 from apiq.finetuning import run
 from apiq.finetuning.run import finetune
@@ -110,6 +111,46 @@ def test_the_folder_loads_as_the_model_that_was_measured(quantized, params, whol
     assert perplexity(loaded.model, held_out) == pytest.approx(
         torch.tensor(result["held_out_loss_best"]).exp().item(), rel=1e-5
     )
+
+
+@pytest.fixture
+def moved(whole_run, quantized, tmp_path):
+    """A copy of the finetuned folder and of its base that may be changed."""
+    base = shutil.copytree(quantized, tmp_path / quantized.parent.name / quantized.name)
+    out = shutil.copytree(whole_run[0], tmp_path / whole_run[0].parent.name / "finetuned")
+    assert load(out).folder == base
+    return out, base
+
+
+def rewritten(base):
+    """The base made again with other weights, as `apiq quantize --out` does."""
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    manifest.write(base, "quantized")
+
+
+@pytest.mark.parametrize("read", [load, open_source])
+def test_adapters_are_refused_on_another_base_than_theirs(moved, read):
+    out, base = moved
+    rewritten(base)
+    with pytest.raises(ApiqError, match=r"finetuned on other weights than those in .*; put the base back"):
+        read(out)
+
+
+def test_a_base_with_another_card_and_metrics_is_still_theirs(moved):
+    out, base = moved
+    (base / "metrics.json").write_text("{}")
+    manifest.write(base, "quantized", method="loftq")
+    assert load(out).folder == base
+
+
+def test_a_folder_that_says_nothing_of_the_weights_of_its_base_is_read(moved):
+    out, base = moved
+    facts = manifest.read(out)
+    del facts["base_weights"]
+    (out / "apiq.json").write_text(json.dumps(facts))
+    rewritten(base)
+    assert load(out).folder == base
 
 
 def test_the_base_is_left_as_it_was(quantized, params, tmp_path):
