@@ -116,6 +116,7 @@ class _Bench:
         windows = {name: self._cut(name, tokenizer) for name in self._params.perplexity}
         for each in windows.values():
             refuse(model, each)  # all of them before hours are spent on the first
+        self._require_tasks(model, tokenizer)
         values = {
             name: perplexity(model, each, self._params.batch_size, naming(name, progress))
             for name, each in windows.items()
@@ -142,6 +143,12 @@ class _Bench:
         corpus, text = self._corpora[name], self._params.perplexity[name]
         facts = {"origin": corpus.origin, "sha256": corpus.sha256, "join": text.join}
         return {"text": text.text, "windows": len(windows), "length": text.length, **facts}
+
+    def _require_tasks(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self._suite is not None:
+            from apiq.evaluation.tasks import require_runnable
+
+            require_runnable(self._suite, model, tokenizer)
 
     def _run_tasks(
         self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, progress: Progress

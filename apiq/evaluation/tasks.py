@@ -19,6 +19,7 @@ import lm_eval.models.huggingface
 import torch
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from lm_eval.api.metrics import mean
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from apiq.progress import Progress, Step, silent
 from apiq.randomness import borrowed
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the examples are those of published results
+GENERATED = 256  # tokens that lm-eval lets a model write where the task does not say
 REQUESTS_AT_ONCE = 32  # batches between two progress reports
 
 Answer = TypeVar("Answer")
@@ -97,10 +99,9 @@ def run_suite(
         `documents`, `fewshot` and `version` of the task.
 
     Raises:
-        ApiqError: lm-eval refuses the task for this model, or the tokenizer has no token to begin a text with.
+        ApiqError: as `require_runnable`, or lm-eval fails at a task.
     """
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise ApiqError("the tokenizer has neither a bos nor an eos token, one of which lm-eval puts before a text.")
+    require_runnable(suite, model, tokenizer)
     results: dict[str, dict[str, Any]] = {}
     with _quiet():
         lm = _ReportingLM(model, tokenizer, batch_size, progress)
@@ -117,10 +118,40 @@ def run_suite(
                     bootstrap_iters=_bootstraps(tasks),
                     log_samples=False,
                 )
-            except ValueError as error:
-                raise ApiqError(f"lm-eval cannot run the task {name}: {_first_line(error)}") from error
+            except (ApiqError, MemoryError, OSError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # a task and its metrics can fail in any way
+                raise ApiqError(
+                    f"lm-eval cannot run the task {name} ({type(error).__name__}: {_first_line(error)}); take it out "
+                    "of evaluate.tasks, or mend its description."
+                ) from error
         results |= _records(found or {})
     return results
+
+
+def require_runnable(suite: Suite, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what lm-eval would fail at for want of a special token or of context, before anything is computed.
+
+    Raises:
+        ApiqError: the tokenizer has no token to begin a text with, or none to end an answer with, or a task asks for
+            answers as long as the context.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ApiqError("the tokenizer has neither a bos nor an eos token, one of which lm-eval puts before a text.")
+    context = context_length(model)
+    for name, tasks in suite.loaded.items():
+        for task in tasks["tasks"].values():
+            if task.OUTPUT_TYPE != "generate_until":
+                continue
+            if tokenizer.eos_token_id is None:
+                raise ApiqError(f"the task {name} lets the model write, and the tokenizer has no eos token to end it.")
+            asked = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, GENERATED)
+            longest = asked.get("max_gen_toks", GENERATED)
+            if context is not None and longest >= context:
+                raise ApiqError(
+                    f"max_gen_toks of the task {name} is {longest}; it must be less than {context}, the context of "
+                    "the model: set it in generation_kwargs of a description of your own (evaluate.task_folder)."
+                )
 
 
 class _ReportingLM(HFLM):

@@ -98,6 +98,15 @@ def test_windows_too_long_are_refused_before_anything_is_measured(uniform, token
     assert steps == []
 
 
+def test_tasks_that_cannot_run_are_refused_before_anything_is_measured(uniform, tokenizer, with_task, tmp_path):
+    path = tmp_path / "task.yaml"
+    path.write_text(path.read_text().replace("multiple_choice", "generate_until").replace("label", '"c"'))
+    steps = []
+    with pytest.raises(ApiqError, match="max_gen_toks of the task next is 256"):
+        evaluate(uniform, tokenizer, with_task, steps.append)
+    assert not steps
+
+
 def test_rounding_keeps_six_digits_of_floats_only():
     assert rounded({"a": [1], "b": {"c": 1234567.8, "d": 7, "e": "x"}, "f": 0.1 + 0.2}) == {
         "a": [1],

@@ -134,3 +134,25 @@ def test_a_tokenizer_that_begins_no_text_is_refused(alphabet, tokenizer, folder)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ApiqError, match="neither a bos nor an eos token"):
         run_suite(alphabet, bare, load_suite(["next_letter"], folder))
+
+
+@pytest.mark.parametrize(("asked", "longest"), [("max_gen_toks: 64", 64), ("max_new_tokens: 70", 70), ("", 256)])
+def test_answers_as_long_as_the_context_are_refused(alphabet, tokenizer, folder, asked, longest):
+    path = folder / "generation.yaml"
+    path.write_text(path.read_text().replace("max_gen_toks: 3,", f"{asked}," if asked else ""))
+    with pytest.raises(ApiqError, match=f"max_gen_toks of the task go_on is {longest}; it must be less than 64"):
+        run_suite(alphabet, tokenizer, load_suite(["go_on"], folder))
+
+
+def test_without_a_token_that_ends_an_answer_only_scoring_is_possible(alphabet, tokenizer, folder):
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", unk_token="<unk>")
+    run_suite(alphabet, endless, load_suite(["next_letter"], folder))
+    with pytest.raises(ApiqError, match="go_on lets the model write, and the tokenizer has no eos token"):
+        run_suite(alphabet, endless, load_suite(["go_on"], folder))
+
+
+def test_a_task_that_fails_is_named_whatever_the_error(uniform, tokenizer, folder):
+    with torch.no_grad():
+        uniform.lm_head.weight.copy_(-2e4 * torch.eye(29, 32).roll(1, dims=0))
+    with pytest.raises(ApiqError, match=r"cannot run the task alphabet \(OverflowError: .*\); take it out of evaluate"):
+        run_suite(uniform, tokenizer, load_suite(["alphabet"], folder))
