@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -104,7 +105,7 @@ def run_suite(
     require_runnable(suite, model, tokenizer)
     results: dict[str, dict[str, Any]] = {}
     with _quiet():
-        lm = _ReportingLM(model, tokenizer, batch_size, progress)
+        lm = _ReportingLM(model, copy.deepcopy(tokenizer), batch_size, progress)  # lm-eval gives it a pad token
     for name, tasks in suite.loaded.items():
         lm.task = name
         with _quiet(logging.WARNING), borrowed(FEWSHOT_SEED):

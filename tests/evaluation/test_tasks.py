@@ -106,6 +106,11 @@ def test_reports_requests_and_keeps_quiet_and_the_random_state(alphabet, tokeniz
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_tokenizer_stays_as_it_was(alphabet, tokenizer, folder):
+    run_suite(alphabet, tokenizer, load_suite(["next_letter"], folder))
+    assert tokenizer.pad_token is None
+
+
 def test_unknown_task_is_named_with_a_near_one(folder, monkeypatch):
     monkeypatch.setattr("apiq.evaluation.tasks.TaskManager", _local_only)
     with pytest.raises(ApiqError, match=r"evaluate.tasks names next_leter.*did you mean next_letter\?"):
