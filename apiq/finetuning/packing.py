@@ -59,7 +59,7 @@ def collate_packed(batch: Sequence[Packed]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def refuse_what_mixes(model: nn.Module, device: torch.device) -> None:
-    """Try two examples in one sequence.
+    """Try two examples in one sequence, by the call that training makes.
 
     Raises:
         ApiqError: the second changes with the first: the model takes no heed of positions that begin again.
@@ -69,9 +69,7 @@ def refuse_what_mixes(model: nn.Module, device: torch.device) -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
     tokens = torch.tensor([[1, 2, 3, 1, 2, 3], [3, 1, 1, 1, 2, 3]], device=device)
     try:
-        one, other = (
-            model(input_ids=row[None], position_ids=positions, use_cache=False).logits[:, 3:] for row in tokens
-        )
+        one, other = (model(input_ids=row[None], position_ids=positions).logits[:, 3:] for row in tokens)
     except TypeError:  # it has no such argument
         mixes = True
     else:

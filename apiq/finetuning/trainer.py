@@ -20,6 +20,7 @@ from apiq import parallel
 from apiq.adapters.pooled import Pooling
 from apiq.device import pick_device, pick_dtype
 from apiq.errors import ApiqError
+from apiq.evaluation.perplexity import text_config
 from apiq.finetuning.examples import IGNORED, Examples, collate
 from apiq.finetuning.packing import collate_packed, refuse_what_mixes
 from apiq.params import FinetuneParams
@@ -54,6 +55,7 @@ class AdapterTrainer(Trainer):
             callbacks=[*([] if pooling is None else [_Settle(pooling)]), _Watch(params, progress), *trackers],
         )
         self.remove_callback(PrinterCallback)
+        text_config(model.get_base_model()).use_cache = False  # the Trainer sees to the outer one only
         if params.packing:
             refuse_what_mixes(model.get_base_model(), self.args.device)
 

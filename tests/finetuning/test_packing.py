@@ -2,19 +2,43 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from apiq.errors import ApiqError
-from apiq.finetuning.examples import IGNORED, answer_only, collate, whole
+from apiq.finetuning.examples import IGNORED, Examples, answer_only, collate, whole
 from apiq.finetuning.packing import collate_packed, pack, refuse_what_mixes
+from apiq.finetuning.trainer import AdapterTrainer
+from apiq.params import FinetuneParams
+from apiq.progress import silent
 
 EXAMPLES = [answer_only(list(range(1, 1 + a)), list(range(5, 5 + b)), 16) for a, b in ((3, 2), (1, 4), (2, 9), (4, 1))]
 
 
+SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def llama():
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape, initializer_range=0.5, use_cache=False)).train()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=16, **SHAPE, initializer_range=0.5, use_cache=False)).train()
+
+
+def llava():
+    """Its cache is switched on in the part of its configuration that is of the text."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**SHAPE, image_size=8, patch_size=4, projection_dim=16)
+    text = LlamaConfig(vocab_size=16, **SHAPE, initializer_range=0.5)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=15))
 
 
 def gpt2():
@@ -67,6 +91,22 @@ def test_models_that_read_positions_are_taken():
         model = make()
         refuse_what_mixes(model, torch.device("cpu"))
         assert model.training
+
+
+def test_the_probe_makes_the_call_of_the_training():
+    with pytest.raises(ApiqError, match="in a LlavaForConditionalGeneration the examples of one sequence"):
+        refuse_what_mixes(llava(), torch.device("cpu"))  # with a cache transformers does not look at positions
+
+
+# peft 0.21 itself asks transformers for this
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_the_trainer_does_not_mix_examples_in_a_model_of_text_and_images(tmp_path):
+    examples, params = Examples(EXAMPLES, EXAMPLES, {}, {}), FinetuneParams(text="demo", length=12, device="cpu")
+    model = get_peft_model(llava(), LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    apart = AdapterTrainer(model, examples, params, tmp_path, silent).held_out_loss()
+    packed = Examples(pack(EXAMPLES, 12), pack(EXAMPLES, 12), {}, {})
+    params = params.model_copy(update={"packing": True})
+    assert AdapterTrainer(model, packed, params, tmp_path, silent).held_out_loss() == pytest.approx(apart, abs=1e-5)
 
 
 def test_a_model_that_does_not_is_refused():
