@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from apiq.blocks.architecture import find_blocks, linears, replace
@@ -71,8 +72,12 @@ class ApiqQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:  # type: ignore[override]
-        """A packed model can be saved with save_pretrained."""
-        return True
+        """A packed model cannot be saved with save_pretrained, which knows nothing of apiq.json."""
+        logging.get_logger("transformers.apiq").warning(
+            "a model in the format of apiq is not written by save_pretrained; copy the folder that it was loaded from, "
+            "or write its weights in full with apiq export --format dense."
+        )
+        return False
 
     @property
     def is_trainable(self) -> bool:  # type: ignore[override]

@@ -178,6 +178,16 @@ def test_a_loaded_model_needs_its_folder_no_more(make):
     assert loaded.model(torch.tensor([[3, 5]])).logits.isfinite().all()
 
 
+def test_a_packed_model_is_not_saved_as_a_folder_that_nothing_reads(make, tmp_path, caplog):
+    loaded = load(make()[0])
+    with pytest.raises(ValueError, match="not serializable"):
+        loaded.model.get_base_model().save_pretrained(tmp_path / "saved")
+    assert "copy the folder that it was loaded from" in caplog.text
+    assert not (tmp_path / "saved").exists()
+    loaded.model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_it_is_compiled_placed_and_checkpointed_like_any_model_of_transformers(make, windows):
     """The backend without code generation: it traces as the others do and needs no compiler."""
