@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apiq.adapters.base import base_of
+from apiq.adapters.unwrapped import unwrapped
 from apiq.blocks.activations import Activations, choose_home
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall, capture
@@ -185,7 +185,7 @@ def _deployed(original: ModelStream, loaded: Loaded) -> nn.ModuleList:
     if loaded.kind != "quantized":
         raise ApiqError(f"{loaded.folder} is a {loaded.kind} model; errors are those of a quantized one.")
     path, count = original.blocks.path, len(original.blocks.modules)
-    model = base_of(loaded.model)
+    model = unwrapped(loaded.model)
     blocks = model.get_submodule(model.config.quantization_config.blocks)
     if model.config.quantization_config.blocks != path or len(blocks) != count:
         raise ApiqError(

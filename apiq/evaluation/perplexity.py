@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from apiq.adapters.base import base_of
+from apiq.adapters.unwrapped import unwrapped
 from apiq.errors import ApiqError
 from apiq.progress import Progress, Step, silent
 
@@ -69,7 +69,7 @@ def require_causal(model: Any) -> None:
     Raises:
         ApiqError: it is one.
     """
-    base = base_of(model)
+    base = unwrapped(model)
     if not base.can_generate():
         raise ApiqError(
             f"{type(base).__name__} does not predict the next token; perplexity, tasks and finetuning are for models "

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 
 from apiq import parallel
-from apiq.adapters.base import base_of
 from apiq.adapters.tuners import TUNERS
+from apiq.adapters.unwrapped import unwrapped
 from apiq.errors import ApiqError
 from apiq.layers.packed import PackedLinear
 from apiq.refine_params import RefineParams
@@ -45,7 +45,7 @@ def refuse_model(model: Any, params: RefineParams) -> None:
         ApiqError: nothing of it can be trained, it does not predict a token at every position, it cannot generate and
             is to, or it names no head and hidden states count.
     """
-    base = base_of(model)
+    base = unwrapped(model)
     name = type(base).__name__
     _refuse_untrainable(model, params)
     tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)

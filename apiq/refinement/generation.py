@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from apiq.adapters.base import base_of
+from apiq.adapters.unwrapped import unwrapped
 from apiq.layers.dense import dense
 from apiq.memory import in_parts
 from apiq.progress import Progress, Step
@@ -88,7 +88,7 @@ def _at_once(model: Any, length: int, device: torch.device, dtype: torch.dtype) 
 
 def _sampled(model: Any, prompts: Tensor, more: int, seeds: list[int]) -> Tensor:
     """`more` tokens behind each of `prompts`, drawn from the whole distribution; an end of text is one like others."""
-    with _without_settings(base_of(model)) as plain:
+    with _without_settings(unwrapped(model)) as plain:
         return plain.generate(
             input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
             logits_processor=LogitsProcessorList([_Drawn(seeds, prompts.device)]),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apiq.adapters.base import base_of
+from apiq.adapters.unwrapped import unwrapped
 from apiq.errors import ApiqError
 
 
@@ -18,7 +18,7 @@ def head_of(model: Any) -> nn.Module:
     Raises:
         ApiqError: the model does not say which of its modules is the head.
     """
-    base = base_of(model)
+    base = unwrapped(model)
     head = base.get_output_embeddings()
     if head is None:
         raise ApiqError(

@@ -7,6 +7,6 @@ from typing import Any
 from peft import PeftModel
 
 
-def base_of(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The model of transformers, adapters in its layers, whether PEFT wraps it or not."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
