@@ -113,7 +113,7 @@ def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
         if rank > smallest:
             allowed = f"at most {smallest}, the smallest side of a linear ({name})"
             raise _refusal(f"quantize.{key}", rank, allowed)
-    if sides and quantize.group_size > max(sides.values()):
+    if sides and quantize.target_bits is None and quantize.group_size > max(sides.values()):
         widest = max(sides.values())
         allowed = f"at most {widest}, the widest row of a linear, or 0 for one group a row"
         raise _refusal("quantize.group_size", quantize.group_size, allowed)

@@ -82,8 +82,9 @@ def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, A
 
 
 def leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The leaves of nested values by their paths, as in {"quantize.bits": 3}."""
+    """The leaves of nested values by their paths, as in {"quantize.bits": 3}; an empty mapping is one."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+        nested = isinstance(value, Mapping) and len(value) > 0
+        flat |= leaves(value, f"{above}{key}.") if nested else {f"{above}{key}": value}
     return flat

@@ -143,7 +143,7 @@ def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: b
 def _check_fit(original: FullPrecision, windows: Tensor | None, linears: Shapes, params: QuantizeParams) -> None:
     model = original.stream.model
     widest = max(columns for _, columns in linears.values())
-    if params.group_size > widest:
+    if params.target_bits is None and params.group_size > widest:
         raise ApiqError(
             f"quantize.group_size is {params.group_size}; it must be at most {widest}, the widest row of a linear, or "
             "0 for one group a row."

@@ -138,12 +138,17 @@ def _keep(on: Bench, data: Path, folder: Path) -> tuple[str, ...]:
 
 def _save(name: str, on: Bench, place: Path) -> None:
     """Make an experiment of the clone, and bring it to the repository."""
-    untracked = call(["git", "ls-files", "--others", "--exclude-standard"], place).splitlines()
+    untracked = filter(None, call(["git", "ls-files", "-z", "--others", "--exclude-standard"], place).split("\0"))
     included = [part for file in dict.fromkeys([*untracked, METRICS]) for part in ("--include-untracked", file)]
     call(dvc("exp", "save", "--name", name, *included, on.stages[-1]), place)
-    experiments = ("+refs/exps/*:refs/exps/*", "^refs/exps/exec/*")
     with FileLock(on.work / "locks" / "fetch"):
-        call(["git", "fetch", "--quiet", "--no-write-fetch-head", str(place), *experiments], on.root)
+        fetch_experiments(place, on.root)
+
+
+def fetch_experiments(place: Path, root: Path) -> None:
+    """Bring the experiments of a clone to the repository; those that it has stay, whatever git is configured to do."""
+    options = ("--quiet", "--no-prune", "--no-tags", "--no-write-fetch-head")
+    call(["git", "fetch", *options, str(place), "+refs/exps/*:refs/exps/*", "^refs/exps/exec/*"], root)
 
 
 @contextlib.contextmanager

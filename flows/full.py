@@ -29,7 +29,7 @@ from apiq.overrides import leaves, override
 from apiq.params import Params
 from flows import ROOT, server
 from flows.board import Board
-from flows.pipeline import STAGES, gpu_slot, reproduce
+from flows.pipeline import STAGES, StageRefused, gpu_slot, reproduce
 from flows.results import keep_report, metrics_rows, summary
 from flows.workspace import METRICS, alone, call, changed, dvc, experiment_name, refuse_taken
 from stages import read_params
@@ -61,7 +61,15 @@ def full(params: dict[str, Any] | None = None, name: str | None = None) -> State
     return Completed(message=f"saved as the experiment {experiment}" if experiment else "the report is in data/report")
 
 
-@task(task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], cache_policy=NO_CACHE)
+def _may_pass(_task: Any, _run: Any, state: State) -> bool:
+    """Whether to try a failed stage again: a refusal would be the same."""
+    return not isinstance(state.result(raise_on_failure=False), StageRefused)
+
+
+@task(
+    task_run_name="{stage}", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=_may_pass,
+    cache_policy=NO_CACHE,
+)  # fmt: skip
 def run_stage(stage: str, slot: str | None) -> State:
     """One `dvc repro` in a process group of its own, which ends with this task whatever happens to it."""
     logger, board = get_run_logger(), Board(stage)

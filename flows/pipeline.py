@@ -20,7 +20,13 @@ STAGES = ("model", "calibration", "quantize", "refine", "finetune", "evaluate", 
 _PROGRESS = re.compile(r"(?P<phase>\S.*?) (?P<done>\d+)/(?P<total>\d+) \d+%(?P<state>.*)")
 _OUTCOMES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Cached"}
 _HINTS = re.compile(r"To track the changes|\s*git add |To enable auto staging|\s*dvc config core|Use `dvc push`")
+REFUSED = "exited with 2"
+"""What DVC tells of a stage that ended by an ApiqError."""
 _OF_DVC = ("ERROR: failed to reproduce", "Running stage", "> ")
+
+
+class StageRefused(ApiqError):
+    """A stage ended with a sentence of its own, as it would again."""
 
 
 def reproduce(stage: str, root: Path, on_line: Callable[[str], None], settings: Mapping[str, str] | None = None) -> str:
@@ -29,6 +35,7 @@ def reproduce(stage: str, root: Path, on_line: Callable[[str], None], settings: 
     `settings` are added to the environment of the stage.
 
     Raises:
+        StageRefused: the stage refused what it was given; with its sentence.
         ApiqError: the stage failed; with the last line it wrote.
     """
     outcome, last = "Ran", deque[str](maxlen=20)
@@ -43,7 +50,8 @@ def reproduce(stage: str, root: Path, on_line: Callable[[str], None], settings: 
     status = stream(dvc("repro", "--single-item", stage), root, listen, environment() | dict(settings or {}))
     if status != 0:
         told = [line for line in last if not line.startswith(_OF_DVC)] or [*last] or [f"exit status {status}"]
-        raise ApiqError(f"the stage {stage} failed: {told[-1]}")
+        kind = StageRefused if any(REFUSED in line for line in last) else ApiqError
+        raise kind(f"the stage {stage} failed: {told[-1]}")
     return outcome
 
 
@@ -73,6 +81,10 @@ def read_progress(line: str) -> Mark | None:
 def gpu_slot(stage: str, params: Params) -> str | None:
     """The concurrency limit that a stage occupies: `gpuN` for the device it computes on; None for a CPU."""
     device = getattr(getattr(params, stage), "device", "cpu")
+    if device == "auto":
+        from apiq.device import pick_device  # imports torch
+
+        device = str(pick_device(device))
     if device in ("cpu", "mps"):
         return None
     return f"gpu{device.partition(':')[2] or 0}"

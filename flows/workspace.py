@@ -13,12 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from apiq.doctor.repository import trouble
 from apiq.errors import ApiqError
 from apiq.profiles import change
 
 METRICS = "data/metrics.json"
-KEPT = ("params.yaml", "dvc.lock", METRICS)
+PARAMS = "params.yaml"
+KEPT = (PARAMS, "dvc.lock", METRICS)
 """What an experiment changes besides the outs that DVC's cache holds."""
+SET = "params.set.yaml"
+"""Beside what is kept: the parameters as the run set them."""
+LONGEST = 100
+"""Letters of the changes in the name of an experiment, which is that of a file."""
 POLL = 2.0
 """Seconds between two looks at a workspace that is in use."""
 
@@ -32,16 +38,17 @@ def call(command: Sequence[str], root: Path) -> str:
     """Run a short command and return what it prints.
 
     Raises:
-        ApiqError: it fails, with its last line, or is not there.
+        ApiqError: it fails, with the line that says why or its last one, or is not there.
     """
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
         raise ApiqError(f"there is no program {command[0]} on this machine.") from None
     if done.returncode != 0:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        lines = [line for line in (done.stderr.strip() or done.stdout).splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith(("ERROR", "fatal"))), lines[-1] if lines else None)
         shown = " ".join(part for part in command[1:] if part != "-m")
-        raise ApiqError(f"`{shown}` failed: {lines[-1] if lines else f'status {done.returncode}'}")
+        raise ApiqError(f"`{shown}` failed: {reason or f'status {done.returncode}'}")
     return done.stdout
 
 
@@ -69,44 +76,54 @@ def alone(root: Path, tell: Callable[[str], None]) -> Iterator[None]:
 
 def experiment_name(changes: Mapping[str, Any], run: str) -> str:
     """A name that git and DVC take, from what is changed and the name of the run: `quantize-bits-3-wise-owl`."""
-    words = "-".join(f"{key}-{value}" for key, value in changes.items())
+    words = "-".join(f"{key}-{value}" for key, value in changes.items())[:LONGEST]
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{words}-{run}").strip("-")
 
 
 def refuse_taken(name: str, root: Path) -> None:
-    """Refuse the name of an experiment that is there, or a folder where DVC can keep none.
+    """Refuse the name of an experiment that is there or that cannot be one, or a folder where DVC can keep none.
 
     Raises:
-        ApiqError: either.
+        ApiqError: any of them.
     """
     try:
         call(["git", "rev-parse", "HEAD"], root)
-    except ApiqError:
-        hint = "DVC hangs experiments on one; run `git init` and commit"
-        raise ApiqError(f"{root} has no git commit, and {hint}.") from None
+    except ApiqError as error:
+        what, remedy = trouble(str(error), root)
+        raise ApiqError(
+            f"{root} has no git commit, on which DVC hangs experiments ({what}): {remedy}, and commit."
+        ) from None
+    if "/" in name or not _is_reference(f"refs/exps/{name}", root):
+        raise ApiqError(f"{name!r} cannot be the name of an experiment; take letters, digits and -.")
     if name in call(dvc("exp", "list", "--name-only"), root).split():
         raise ApiqError(f"there is an experiment {name} already; choose another name, or `dvc exp remove {name}`.")
+
+
+def _is_reference(name: str, root: Path) -> bool:
+    return subprocess.run(["git", "check-ref-format", name], cwd=root, check=False).returncode == 0
 
 
 @contextlib.contextmanager
 def changed(changes: Mapping[str, Any], root: Path, tell: Callable[[str], None]) -> Iterator[None]:
     """Set keys of params.yaml while the block runs; then bring the workspace back to where it was.
 
-    Also after a failure or a cancelled run. What a killed run could not bring back, the next one does first.
+    Also after a failure or a cancelled run. What a killed run could not bring back, the next one does first, unless
+    params.yaml was edited since.
 
     Raises:
         ApiqError: the parameters cannot be run; nothing has changed.
     """
     kept = root / ".prefect" / "kept"
     if kept.exists():
-        tell("bringing back the parameters that an interrupted run had changed.")
+        tell("an interrupted run had changed the parameters.")
         _bring_back(kept, root, tell)
     if not changes:
         yield
         return
     _keep(kept, root)
     try:
-        change(changes, root / "params.yaml")
+        change(changes, root / PARAMS)
+        shutil.copy2(root / PARAMS, kept / SET)
         yield
     finally:
         _bring_back(kept, root, tell)
@@ -123,6 +140,10 @@ def _keep(kept: Path, root: Path) -> None:
 
 
 def _bring_back(kept: Path, root: Path, tell: Callable[[str], None]) -> None:
+    if (kept / SET).exists() and _content(kept / SET) != _content(root / PARAMS):
+        tell(f"{PARAMS} was edited since a run changed it, and stays as it is.")
+        shutil.rmtree(kept)
+        return
     same = all(_content(kept / name) == _content(root / name) for name in KEPT)
     for name in KEPT:
         if (kept / name).exists():

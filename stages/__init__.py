@@ -39,8 +39,8 @@ ENVIRONMENT = {
 def run(name: str, main: Callable[[Params, Progress], object]) -> None:
     """Validate params.yaml as a whole, then do the work of stage `name` with its time and memory on record.
 
-    An ApiqError becomes one sentence on stderr and exit status 1. SIGTERM unwinds the stage like
-    an exception, so that nothing half-written stays.
+    An ApiqError becomes one sentence on stderr and exit status 2, a mishap of the machine one and status 1. SIGTERM
+    unwinds the stage like an exception, so that nothing half-written stays.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -53,7 +53,7 @@ def run(name: str, main: Callable[[Params, Progress], object]) -> None:
             main(params, progress)
     except ApiqError as error:
         print(error, file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:

@@ -36,13 +36,24 @@ def _git(folder: Path) -> Finding:
         return Finding("git", "warning", "not installed", "install git: DVC's experiments and comparisons need it")
     inside = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=False)
     if inside.returncode:
-        return Finding(
-            "git", "warning", "no repository here", "work in a clone, or git init: DVC's experiments need it"
-        )
+        what, remedy = trouble(inside.stderr, folder)
+        return Finding("git", "warning", what, f"{remedy}: DVC's experiments need it")
     changed = len(inside.stdout.splitlines())
     if changed:
         return Finding("git", "warning", f"{changed} files differ from the last commit", "git status, then git commit")
     return Finding("git", "ok", "a clean repository")
+
+
+def trouble(told: str, folder: Path) -> tuple[str, str]:
+    """What is wrong with a repository by what git told of it, and the remedy."""
+    if "dubious ownership" in told:
+        return "it belongs to another user", f"git config --global --add safe.directory {folder.absolute()}"
+    if "not a git repository" in told:
+        alone = (folder / ".dvc" / "config.local").exists()  # as `make setup` writes for a downloaded archive
+        init = "git init" + (", then dvc config --local --unset core.no_scm" if alone else "")
+        return "no repository here", f"work in a clone, or {init}"
+    lines = [line for line in told.splitlines() if line.strip()]
+    return lines[0] if lines else "git says nothing", "see git status"
 
 
 def _dvc(folder: Path) -> Finding:

@@ -106,6 +106,20 @@ def test_git_without_a_repository_clean_and_changed(tmp_path):
     assert found().found == "1 files differ from the last commit"
 
 
+@pytest.mark.parametrize(
+    ("told", "what", "remedy"),
+    [
+        ("fatal: detected dubious ownership in repository at '/x'", "it belongs to another user", "safe.directory /x"),
+        ("fatal: not a git repository (or any parent)", "no repository here", "work in a clone, or git init"),
+        ("\nerror: bad index\nmore", "error: bad index", "see git status"),
+        ("", "git says nothing", "see git status"),
+    ],
+)
+def test_what_git_tells_of_a_repository(told, what, remedy):
+    found = repository.trouble(told, Path("/x"))
+    assert found[0] == what and found[1].endswith(remedy)
+
+
 def test_dvc_not_initialised_broken_and_up_to_date(tmp_path):
     pytest.importorskip("dvc")
     git(tmp_path, "init")

@@ -23,7 +23,7 @@ from apiq.params import parse
 from apiq.progress import silent
 from apiq.sweeps.cells import Cell, Local, plan
 from ci.regression import copy_tree
-from flows.cells import bench, run_cell
+from flows.cells import bench, fetch_experiments, run_cell
 from flows.workspace import call, dvc
 from stages import calibration, model, quantize
 
@@ -96,6 +96,20 @@ def saved(cell: Cell, root: Path) -> dict[str, str]:
     digest = next(out["md5"] for out in lock["stages"]["quantize"]["outs"] if out["path"] == "data/quantized")
     listing = json.loads((root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]).read_text())
     return {each["relpath"]: each["md5"] for each in listing if each["relpath"].endswith(".safetensors")}
+
+
+def test_experiments_of_others_stay_though_git_prunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").write_text("[fetch]\nprune = true\n[user]\nname = Somebody\nemail = some@body\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    root, place = tmp_path / "root", tmp_path / "place"
+    call(["git", "init", "--quiet", str(root)], tmp_path)
+    call(["git", "commit", "--quiet", "--allow-empty", "--message", "begin"], root)
+    call(["git", "clone", "--quiet", str(root), str(place)], tmp_path)
+    for repository, name in ((root, "mine"), (place, "cell")):
+        call(["git", "update-ref", f"refs/exps/12/34/{name}", "HEAD"], repository)
+    fetch_experiments(place, root)
+    found = call(["git", "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"], root).split()
+    assert found == ["cell", "mine"]
 
 
 def run_and_kill(local: Local, finished: Path) -> None:

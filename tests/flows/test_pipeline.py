@@ -2,12 +2,15 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from apiq.errors import ApiqError
 from apiq.params import parse
-from flows.pipeline import STAGES, gpu_slot, read_progress, reproduce
+from flows import pipeline
+from flows.pipeline import STAGES, StageRefused, gpu_slot, read_progress, reproduce
 from flows.processes import stop
 from flows.workspace import call, dvc
 from stages import DATA
@@ -60,9 +63,16 @@ def test_progress_is_read_from_what_a_stage_really_prints(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("device", "slot"), [("auto", "gpu0"), ("cuda", "gpu0"), ("cuda:3", "gpu3"), ("cpu", None), ("mps", None)]
-)
-def test_a_stage_on_a_gpu_takes_its_slot(device: str, slot: str | None) -> None:
+    ("device", "here", "slot"),
+    [
+        ("auto", True, "gpu0"), ("auto", False, None), ("cuda", True, "gpu0"), ("cuda:3", True, "gpu3"),
+        ("cpu", True, None), ("mps", False, None),
+    ],
+)  # fmt: skip
+def test_a_stage_on_a_gpu_takes_its_slot(
+    device: str, here: bool, slot: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
     params = parse({"quantize": {"device": device}})
     assert gpu_slot("quantize", params) == slot
     assert gpu_slot("calibration", params) is None
@@ -84,6 +94,19 @@ def test_a_stage_runs_once_comes_from_the_cache_and_can_fail(repository: Path) -
     with pytest.raises(ApiqError, match=r"^the stage calibration failed: the stand-in was told to fail\.$"):
         reproduce("calibration", repository, silent)
     assert reproduce("calibration", repository, silent) == "Ran"
+
+
+@pytest.mark.parametrize(("status", "kind"), [(1, ApiqError), (2, StageRefused)])
+def test_a_refusal_is_told_from_a_mishap(monkeypatch: pytest.MonkeyPatch, status: int, kind: type) -> None:
+    def stream(*arguments: Any) -> int:
+        for line in ("the sun is out.", f"ERROR: failed to reproduce 'model': failed to run: x, exited with {status}"):
+            arguments[2](line)
+        return 255
+
+    monkeypatch.setattr(pipeline, "stream", stream)
+    with pytest.raises(ApiqError, match="the stage model failed: the sun is out") as told:
+        reproduce("model", ROOT, silent)
+    assert told.type is kind
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The workspace during an experiment, after it, and when two runs want it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 
 from apiq.errors import ApiqError
 from apiq.overrides import read_yaml
+from apiq.profiles import change
 from flows.workspace import alone, call, changed, experiment_name, refuse_taken
 
 ROOT = Path(__file__).parents[2]
+NAMED = ["-c", "user.name=Somebody", "-c", "user.email=some@body"]
 
 
 @pytest.fixture
@@ -67,6 +70,20 @@ with changed({{"quantize.bits": 3}}, Path({str(place)!r}), print):
     assert "interrupted run" in told[0]
 
 
+def test_parameters_that_were_edited_since_a_killed_run_stay(place: Path) -> None:
+    with pytest.raises(RuntimeError), changed({"quantize.bits": 3}, place, print):
+        shutil.copytree(place / ".prefect" / "kept", place / "killed")
+        raise RuntimeError
+    (place / "killed").rename(place / ".prefect" / "kept")
+    change({"quantize.bits": 4}, place / "params.yaml")
+    before, told = state(place), list[str]()
+    with changed({}, place, told.append):
+        assert bits(place) == 4
+    assert told[-1] == "params.yaml was edited since a run changed it, and stays as it is."
+    kept = {name for name in before if name.startswith(".prefect/kept/")}
+    assert state(place) == {name: content for name, content in before.items() if name not in kept} and kept
+
+
 def test_what_cannot_be_run_changes_nothing(place: Path) -> None:
     before = state(place)
     with pytest.raises(ApiqError, match=r"quantize\.bits is 9"), changed({"quantize.bits": 9}, place, print):
@@ -113,13 +130,34 @@ def test_an_experiment_is_named_after_what_it_changes() -> None:
     )
 
 
+def test_many_changes_make_no_longer_name_than_a_file_has() -> None:
+    changes = {"model.source": "/data/" + "deep/" * 60}
+    name = experiment_name(changes, "wise-owl")
+    assert len(name) < 120 and name.endswith("-wise-owl")
+
+
 def test_experiments_need_git(place: Path) -> None:
-    with pytest.raises(ApiqError, match="has no git commit"):
+    with pytest.raises(ApiqError, match=r"has no git commit, .* \(no repository here\): .* git init, and commit\."):
         refuse_taken("new", place)
+    (place / ".dvc").mkdir()
+    (place / ".dvc/config.local").touch()
+    with pytest.raises(ApiqError, match=r"git init, then dvc config --local --unset core\.no_scm, and commit"):
+        refuse_taken("new", place)
+
+
+@pytest.mark.parametrize("name", ["has space", "a/b", "..", "x~1", "end.lock"])
+def test_a_name_that_git_does_not_take_is_refused_at_once(place: Path, name: str) -> None:
+    for command in (["init", "--quiet"], ["add", "."], [*NAMED, "commit", "--quiet", "--message", "begin"]):
+        call(["git", *command], place)
+    with pytest.raises(ApiqError, match="cannot be the name of an experiment; take letters, digits and -"):
+        refuse_taken(name, place)
 
 
 def test_a_failing_command_is_told_in_one_sentence(place: Path) -> None:
     with pytest.raises(ApiqError, match=r"`-c .*` failed: ZeroDivisionError"):
         call([sys.executable, "-c", "1 / 0"], place)
+    chatty = "import sys; print('out'); sys.stderr.write('ERROR: why\\nhelp'); sys.exit(1)"
+    with pytest.raises(ApiqError, match=r"failed: ERROR: why$"):
+        call([sys.executable, "-c", chatty], place)
     with pytest.raises(ApiqError, match="there is no program"):
         call(["no-such-program-anywhere"], place)

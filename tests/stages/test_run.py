@@ -52,9 +52,9 @@ def test_a_stage_gets_all_parameters_and_leaves_its_cost(place: Path) -> None:
     assert {"seconds", "cpu_seconds", "peak_memory_mb"} <= cost.keys()
 
 
-def test_a_refusal_is_one_sentence_and_status_1(place: Path) -> None:
+def test_a_refusal_is_one_sentence_and_status_2(place: Path) -> None:
     status, error = finish(place, "from apiq.errors import ApiqError; raise ApiqError('there is no sun.')")
-    assert (status, error) == (1, "there is no sun.\n")
+    assert (status, error) == (2, "there is no sun.\n")
     assert not (place / "data/timing").exists()
 
 
@@ -79,7 +79,7 @@ def test_nothing_is_done_with_parameters_that_cannot_be_run(place: Path, old: st
     assert old in text
     (place / "params.yaml").write_text(text.replace(old, new, 1))
     status, error = finish(place, "Path('seen').write_text('work was done')")
-    assert status == 1
+    assert status == 2
     assert error.startswith(told)
     assert error.count("\n") == 1
     assert not (place / "seen").exists()
