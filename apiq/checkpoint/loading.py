@@ -30,6 +30,7 @@ from apiq.layers.dense import LIMIT
 from apiq.layers.embedding import keep_narrow
 from apiq.layers.packed import PackedLinear, asked_once
 from apiq.models.config import read_config
+from apiq.models.precision import stored_dtype
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
 """Files by which a folder with a tokenizer is known."""
@@ -82,8 +83,9 @@ def full_precision(source: str | Path, dtype: torch.dtype | None = None) -> Full
     config = read_config(folder)
     if getattr(config, "quantization_config", None):
         raise ApiqError(f"{source} is quantized already; give the full-precision model.")
-    stored = _stored_dtype(folder, config)
-    stream = ModelStream(folder, config, dtype or stored, [folder / name for name in weight_files(folder)])
+    files = [folder / name for name in weight_files(folder)]
+    stored = stored_dtype(files, config)
+    stream = ModelStream(folder, config, dtype or stored, files)
     tokenizer = read_tokenizer(folder) if _has_tokenizer(folder) else None
     return FullPrecision(stream, tokenizer, folder, stored)
 
@@ -147,7 +149,7 @@ def _placed(folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: 
     from apiq.models.source import weight_files
 
     files = [folder / name for name in weight_files(folder)]
-    return spread(files, _stored_dtype(folder, config), dtype, device)
+    return spread(files, stored_dtype(files, config), dtype, device)
 
 
 def _from_pretrained(
@@ -196,13 +198,6 @@ def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:
             shutil.copy2(adapter / "adapter_config.json", folder)
             write_adapter_file(Path(folder), read_adapter(adapter))
             return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-
-
-def _stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
-    declared = getattr(config, "dtype", None)
-    if isinstance(declared, str):
-        declared = getattr(torch, declared)
-    return declared or torch.float32
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -21,6 +22,8 @@ from apiq.errors import ApiqError
 from apiq.models import config as configs
 from apiq.models import manifest
 from apiq.models.demo import demo_config
+from apiq.models.precision import declared_dtype, stored_dtype
+from apiq.models.source import weight_files
 from apiq.params import ModelParams
 
 PROBE_VOCABULARY = 16
@@ -80,7 +83,7 @@ def outline(model: ModelParams) -> Outline:
     config, folder = read_config(model)
     if getattr(config, "quantization_config", None):
         raise ApiqError(f"{model.source} is quantized already; plan with the full-precision model.")
-    storage = _storage(config)
+    storage = _storage(folder, config)
     made = skeleton(copy.deepcopy(config), storage)
     blocks = find_blocks(made)
     for index, block in enumerate(blocks.modules):
@@ -159,9 +162,13 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def _storage(config: PretrainedConfig) -> torch.dtype:
-    declared = getattr(config, "dtype", None)
-    return (getattr(torch, declared) if isinstance(declared, str) else declared) or torch.float32
+def _storage(folder: Path | None, config: PretrainedConfig) -> torch.dtype:
+    """That of the weights where they are at hand, else what config.json declares."""
+    try:
+        files = [] if folder is None else [folder / name for name in weight_files(folder)]
+        return stored_dtype((path for path in files if path.exists()), config)
+    except (ApiqError, SafetensorError):
+        return declared_dtype(config)
 
 
 def _tokenizer_bytes(folder: Path | None) -> int | None:
