@@ -54,6 +54,8 @@ class ModelStream:
         self._conversions = get_model_conversion_mapping(self.model)
         self._files = _tensor_files(files)
         self._targets = self._renamed()
+        self._read_as: dict[str, str] = {}
+        self._follow_ties()
         self._require_complete()
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
@@ -104,7 +106,7 @@ class ModelStream:
         try:
             with contextlib.ExitStack() as stack:
                 opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in files}
-                tensors = {key: opened[self._files[key]].get_slice(key) for key in keys}
+                tensors = {key: opened[self._files[key]].get_slice(self._read_as.get(key, key)) for key in keys}
                 self._convert(tensors, device)
         except SafetensorError as error:
             raise ApiqError(f"the weights in {self.folder} cannot be read: {' '.join(str(error).split())}.") from None
@@ -132,13 +134,39 @@ class ModelStream:
             targets[key] = name
         return targets
 
+    def _follow_ties(self) -> None:
+        """Read a tensor that the files hold only under the name of one tied to it.
+
+        Raises:
+            ApiqError: they hold both, and those differ.
+        """
+        held = {target: key for key, target in self._targets.items()}
+        for tied, source in self.model.all_tied_weights_keys.items():
+            key = held.get(tied)
+            if key is None:
+                continue
+            if source not in held:
+                self._files[source], self._read_as[source] = self._files.pop(key), key
+                self._targets[source] = held[source] = source
+                del self._targets[key]
+            elif not torch.equal(self._tensor(key), self._tensor(held[source])):
+                raise ApiqError(
+                    f"{key} in {self.folder} differs from {held[source]}, to which config.json ties it; set "
+                    "tie_word_embeddings to false in config.json."
+                )
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        with safe_open(self._files[key], framework="pt") as file:
+            return file.get_tensor(self._read_as.get(key, key))
+
     def _require_complete(self) -> None:
         """Load the headers only, on the meta device, and see what is left out."""
         shapes = {}
         for path in sorted(set(self._files.values())):
             with safe_open(path, framework="pt") as file:
                 for key in (key for key, place in self._files.items() if place == path):
-                    shapes[key] = torch.empty(file.get_slice(key).get_shape(), dtype=self.dtype, device="meta")
+                    shape = file.get_slice(self._read_as.get(key, key)).get_shape()
+                    shapes[key] = torch.empty(shape, dtype=self.dtype, device="meta")
         report = self._convert(shapes, torch.device("meta"))
         self.model._adjust_missing_and_unexpected_keys(report)
         wrong = sorted(report.missing_keys - self.model.all_tied_weights_keys.keys())
