@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from apiq.models.manifest import TERMS
+
 GENERATION = "generation_config.json"
-TERMS = ("license", "licence", "notice", "use_policy")
-"""How the names of files with terms of use begin, in lower case."""
 
 
 def carry(original: Path, folder: Path, derived: GenerationConfig | None) -> None:

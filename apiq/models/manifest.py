@@ -12,6 +12,8 @@ from apiq.progress import Progress, Step, silent
 NAME = "model.json"
 SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 """What a model is made of: configuration, weights, tokenizer. Nothing that would have to be unpickled or run."""
+TERMS = ("license", "licence", "notice", "use_policy")
+"""How the names of files with terms of use begin, in lower case."""
 
 
 def write(folder: Path, model: Path, facts: dict[str, Any], progress: Progress = silent) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def write(folder: Path, model: Path, facts: dict[str, Any], progress: Progress =
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest in `folder`, or None if there is none.
+    """The manifest in `folder`, or None if there is none; a model may have a file of that name for something else.
 
     Raises:
         ApiqError: it is damaged.
@@ -41,6 +43,8 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not {"kind", "source", "files"} <= manifest.keys():
+        if (folder / "config.json").is_file():
+            return None
         raise ApiqError(f"{path} is damaged: it does not say what model it stands for; run the model stage again.")
     return manifest
 

@@ -96,24 +96,29 @@ def _whole(folder: Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the safetensors files of a model folder.
+    """The names of the safetensors files of a model folder, as transformers looks for them: the single one first.
 
     Raises:
         ApiqError: it has none, or its index is damaged.
     """
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        if not isinstance(index, dict) or not index.get("weight_map"):
-            raise ApiqError(f"{folder / INDEX} is damaged: it lists no weights.")
-        return sorted(set(index["weight_map"].values()))
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not places or not isinstance(places, dict):
+            raise ApiqError(f"{folder / INDEX} is damaged: it lists no weights.")
+        return sorted(set(places.values()))
     if any(folder.glob("*.bin")):
-        raise ApiqError(
-            f"the weights in {folder} are pickled (.bin), which apiq does not open; convert them to {WEIGHTS} "
-            "with the model's save_pretrained."
-        )
+        raise _pickled(str(folder))
     raise ApiqError(f"the model in {folder} has no weights; it should hold {WEIGHTS} or {INDEX}.")
+
+
+def _pickled(place: str) -> ApiqError:
+    return ApiqError(
+        f"the weights in {place} are pickled (.bin), which apiq does not open; convert them to {WEIGHTS} "
+        "with the model's save_pretrained."
+    )
 
 
 def snapshot(name: str, revision: str | None) -> Path:

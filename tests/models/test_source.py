@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apiq.errors import ApiqError
 from apiq.files import read_json, sha256
-from apiq.models.source import fetch, locate
+from apiq.models.source import fetch, locate, weight_files
 from apiq.params import ModelParams
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,6 +80,7 @@ def truncate(path):
         (lambda m: truncate(shard(m)), "damaged or cut off"),
         (lambda m: shard(m).write_bytes(b""), "damaged or cut off"),
         (lambda m: (m / "model.safetensors.index.json").write_text("{}"), "lists no weights"),
+        (lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'), "lists no weights"),
         (lambda m: [p.unlink() for p in m.glob("model*")], "has no weights"),
         (lambda m: [p.unlink() for p in m.glob("model*")] + [torch.save({}, m / "pytorch_model.bin")], "pickled"),
     ],
@@ -103,6 +104,18 @@ def test_a_damaged_manifest(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"kind": "local"}))
     with pytest.raises(ApiqError, match="does not say what model"):
         locate(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"name": "tiny"}, {"kind": "speech", "layers": []}, [1]])
+def test_a_file_of_that_name_which_is_for_something_else(model, content):
+    (model / "model.json").write_text(json.dumps(content))
+    assert locate(model) == model
+
+
+def test_where_there_is_one_file_as_well_as_shards_it_is_read_as_transformers_does(model):
+    assert len(weight_files(model)) > 1
+    (model / "model.safetensors").touch()
+    assert weight_files(model) == ["model.safetensors"]
 
 
 @pytest.fixture
