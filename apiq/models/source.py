@@ -114,6 +114,15 @@ def weight_files(folder: Path) -> list[str]:
     raise ApiqError(f"the model in {folder} has no weights; it should hold {WEIGHTS} or {INDEX}.")
 
 
+def _has_pickles(name: str, commit: str) -> bool:
+    from huggingface_hub import HfApi
+
+    try:
+        return any(path.endswith(".bin") for path in HfApi().list_repo_files(name, revision=commit))
+    except (OSError, ValueError):  # not within reach: what is missing is said without the reason
+        return False
+
+
 def _pickled(place: str) -> ApiqError:
     return ApiqError(
         f"the weights in {place} are pickled (.bin), which apiq does not open; convert them to {WEIGHTS} "
@@ -131,15 +140,19 @@ def snapshot(name: str, revision: str | None) -> Path:
         raise ApiqError(f"there is no model folder {name}.")
     from huggingface_hub import errors, snapshot_download
 
+    terms = ["".join(f"[{letter.upper()}{letter}]" for letter in start) + "*" for start in manifest.TERMS]
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=[f"*{suffix}" for suffix in manifest.SUFFIXES],
-                ignore_patterns=["*/*", "consolidated*"],  # copies in other layouts
+                allow_patterns=[*(f"*{suffix}" for suffix in manifest.SUFFIXES), *terms],
+                ignore_patterns=["*/*", "consolidated*", "model.*.safetensors"],  # other copies
             )
         )
+        if not any(folder.glob("*.safetensors")) and _has_pickles(name, folder.name):
+            raise _pickled(name)
+        return folder
     except errors.GatedRepoError:
         raise ApiqError(f"{name} is gated: accept its licence on its page, then `hf auth login`.") from None
     except errors.RevisionNotFoundError:

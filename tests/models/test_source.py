@@ -5,6 +5,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apiq.errors import ApiqError
@@ -144,6 +145,33 @@ def test_a_hub_model_is_pinned_to_the_commit(hub, tmp_path):
     assert locate(tmp_path / "out") == snapshot
     assert locate("some/model@v1") == snapshot == locate("some/model")
     assert asked == [("some/model", "main"), ("some/model", COMMIT), ("some/model", "v1"), ("some/model", None)]
+
+
+def test_a_hub_model_of_pickled_weights_is_refused_for_what_it_is(hub, monkeypatch):
+    snapshot, _ = hub
+    for path in snapshot.glob("*.safetensors*"):
+        path.unlink()
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, revision: ["config.json", "a/b.bin"])
+    with pytest.raises(ApiqError, match=r"the weights in some/model are pickled \(.bin\)"):
+        locate("some/model")
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    with pytest.raises(ApiqError, match="has no weights"):  # the hub is not within reach
+        locate("some/model")
+
+
+def test_of_a_hub_repository_the_model_and_its_terms_are_downloaded_and_no_copies(monkeypatch, model):
+    def snapshot_download(name, *, revision, **patterns):
+        asked.extend(filter_repo_objects(names, **patterns))
+        return str(model)
+
+    names = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE",
+             "Notice.md", "use_policy.txt", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors",
+             "original/model.safetensors", "pytorch_model.bin", "README.md"]  # fmt: skip
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    locate("some/model")
+    assert asked == names[:7]
 
 
 def test_a_hub_model_that_changed_in_the_cache_is_noticed(hub, tmp_path):
