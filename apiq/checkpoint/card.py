@@ -10,13 +10,14 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from apiq.checkpoint import manifest
+from apiq.checkpoint.adapter_file import PACKED, adapter_file
 from apiq.errors import ApiqError
 from apiq.files import read_json
 
 LOADS = {
     "apiq": """import apiq
 
-model = apiq.load("FOLDER").model  # AutoModelForCausalLM.from_pretrained reads it too, without the adapter""",
+model = apiq.load("FOLDER").model""",
     "compressed-tensors": """from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 # pip install compressed-tensors; vLLM and SGLang read the folder as it is
@@ -59,12 +60,20 @@ _TEMPLATE = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=Tru
 ```
 {% if adapter %}
 
-The adapter is in `adapter/`, in PEFT's format: `PeftModel.from_pretrained(model, "FOLDER/adapter")`.
+{{ adapter }}
 {% endif %}
 
 Made with [ApiQ](https://arxiv.org/abs/2402.05147).
 """
 )
+
+
+_PEFT = """import apiq
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "FOLDER/adapter")"""
 
 
 def card(folder: str | Path, base_model: str | None = None, metrics: Mapping[str, Any] | None = None) -> str:
@@ -102,7 +111,24 @@ def card(folder: str | Path, base_model: str | None = None, metrics: Mapping[str
             {"title": "Measured", "head": "metric", "rows": _metrics(folder, metrics)},
         ],
         code=LOADS.get(kind, LOADS["dense"]),
-        adapter=adapter.is_file(),
+        adapter=_beside(folder, kind, finetuned),
+    )
+
+
+def _beside(folder: Path, kind: str, finetuned: bool) -> str | None:
+    """How the adapter in `folder` is read, if there is one: `apiq.load` puts it on by itself."""
+    file = adapter_file(folder / "adapter")
+    if file is None:
+        return None
+    if file.name == PACKED:
+        return "The adapter is in `adapter/`, in few bits; `apiq.load` puts it on, and nothing else reads it."
+    if kind != "apiq":
+        return 'The adapter is in `adapter/`, in PEFT\'s format: `PeftModel.from_pretrained(model, "FOLDER/adapter")`.'
+    below = "the quantized model below it, BASE" if finetuned else "the model without it"
+    code = _PEFT.format(base="BASE" if finetuned else "FOLDER")
+    return (
+        "The adapter is in `adapter/`, in PEFT's format, and `apiq.load` puts it on. PEFT alone puts it on "
+        f"{below}:\n\n```python\n{code}\n```"
     )
 
 

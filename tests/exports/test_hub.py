@@ -8,6 +8,7 @@ import threading
 from http.server import ThreadingHTTPServer
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 
@@ -40,6 +41,11 @@ def endpoint(hub):
 @pytest.fixture
 def folder(checkpoint, tmp_path):
     return shutil.copytree(checkpoint(method="apiq-bw", bits=2), tmp_path / "quantized")
+
+
+def codes(text):
+    """The snippets of a card."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_what_is_pushed_is_the_folder_with_its_card(folder, hub, tmp_path):
@@ -131,6 +137,22 @@ def test_the_code_on_the_card_runs(folder, monkeypatch):
     names = {}
     exec(code.replace("FOLDER", str(folder)), names)
     assert type(names["model"]).__name__ == "PeftModelForCausalLM"
+
+
+def test_both_ways_on_the_card_load_the_adapter_as_it_is(folder, windows):
+    found = []
+    for code in codes(card(folder)):
+        names = {}
+        exec(code.replace("FOLDER", str(folder)), names)
+        found.append(names["model"](windows).logits)
+    assert len(found) == 2 and torch.equal(*found)
+
+
+def test_of_an_adapter_in_few_bits_the_card_does_not_say_that_peft_reads_it(folder, tmp_path):
+    apiq.export(folder, tmp_path / "out", "apiq", adapter_bits=4)
+    text = card(tmp_path / "out")
+    assert "in few bits; `apiq.load` puts it on" in text
+    assert len(codes(text)) == 1 and "PeftModel" not in text
 
 
 def test_a_folder_without_a_model_has_no_card(tmp_path):
