@@ -56,18 +56,28 @@ def answer_only(prompt: Sequence[int], answer: Sequence[int], length: int) -> Ex
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """Set a share of the items, at least one, aside at random; both parts keep their order.
 
+    Equal items stay together: what is held out is never trained on.
+
     Raises:
-        ApiqError: there are fewer than two items.
+        ApiqError: there are fewer than two items that differ.
     """
-    if len(items) < 2:
+    kinds: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        kinds.setdefault(repr(item), []).append(index)
+    if len(kinds) < 2:
         raise ApiqError(
-            f"there is {len(items)} example to train on, and one must be held out; "
+            f"there is {len(kinds)} example to train on, and one must be held out; "
             "give more text or a smaller finetune.length."
         )
-    count = max(1, round(share * len(items)))
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = set(order[:count])
+    count, groups = max(1, round(share * len(kinds))), list(kinds.values())
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {index for group in order[:count] for index in groups[group]}
     return [item for i, item in enumerate(items) if i not in held_out], [items[i] for i in sorted(held_out)]
+
+
+def repeated(items: Sequence[Item]) -> int:
+    """How many of the items are there already."""
+    return len(items) - len(set(map(repr, items)))
 
 
 def collate(batch: Sequence[Example]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from apiq.calibration.corpora import files_of, load_corpus, rows_of
 from apiq.calibration.windows import consecutive_windows, tokenize
 from apiq.errors import ApiqError
-from apiq.finetuning.examples import Example, Examples, answer_only, split, whole
+from apiq.finetuning.examples import Example, Examples, answer_only, repeated, split, whole
 from apiq.finetuning.packing import pack
 from apiq.params import FinetuneParams
 
@@ -46,7 +46,11 @@ def _language(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase) -> Exa
     corpus = load_corpus(params.text, split="train", column=params.column, join=params.join)
     windows = consecutive_windows(tokenize(corpus.text, tokenizer), 0, params.length).tolist()
     train, held_out = split([whole(window) for window in windows], params.held_out, params.seed)
-    counts = {"train_windows": len(train), "held_out_windows": len(held_out)}
+    counts = {
+        "train_windows": len(train),
+        "held_out_windows": len(held_out),
+        "repeated_windows": repeated(windows),
+    }
     return Examples(train, held_out, counts, {"name": params.text, "sha256": corpus.sha256})
 
 
@@ -75,6 +79,7 @@ def _pairs(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase) -> Exampl
         "held_out_pairs": len(held_out),
         "truncated_pairs": sum(cut for example, cut in encoded if example is not None),
         "dropped_pairs": len(pairs) - len(usable),
+        "repeated_pairs": repeated(usable),
     }
     digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     return Examples(train, held_out, counts, {"name": params.pairs, "sha256": digest})

@@ -8,7 +8,7 @@ from apiq.params import FinetuneParams
 
 def test_language_modelling_covers_the_text_once(tokenizer, params, text):
     examples = prepare(params, tokenizer, 32)
-    assert examples.counts == {"train_windows": 32, "held_out_windows": 8}
+    assert examples.counts == {"train_windows": 32, "held_out_windows": 8, "repeated_windows": 0}
     windows = [tuple(example["input_ids"]) for example in examples.train + examples.held_out]
     tokens = tokenizer(text.read_text())["input_ids"]
     assert sorted(windows) == sorted(tuple(tokens[i : i + 16]) for i in range(0, 40 * 16, 16))
@@ -18,11 +18,20 @@ def test_language_modelling_covers_the_text_once(tokenizer, params, text):
 def test_pairs_are_encoded_counted_and_cut(tokenizer, pairs):
     params = FinetuneParams(task="instruction", pairs=str(pairs), length=8, held_out=0.2)
     examples = prepare(params, tokenizer, 32)
-    assert examples.counts == {"train_pairs": 5, "held_out_pairs": 1, "truncated_pairs": 1, "dropped_pairs": 2}
+    counts = {"train": 5, "held_out": 1, "truncated": 1, "dropped": 2, "repeated": 0}
+    assert examples.counts == {f"{name}_pairs": count for name, count in counts.items()}
     both = examples.train + examples.held_out
     e_b_c_d = [0, 5, 2, 3, 4, 27]  # <s> e b, c d </s>
     assert {"input_ids": e_b_c_d, "labels": [IGNORED] * 3 + e_b_c_d[3:]} in both
     assert {"input_ids": [0, 1, 2, 3, 4, 5, 6, 7], "labels": [IGNORED] * 3 + [3, 4, 5, 6, 7]} in both
+
+
+def test_a_pair_that_repeats_is_trained_on_or_held_out_never_both(tokenizer, pairs):
+    pairs.write_text("\n".join([pairs.read_text()] * 5))
+    examples = prepare(FinetuneParams(task="instruction", pairs=str(pairs), length=8, held_out=0.4), tokenizer, 32)
+    assert (examples.counts["train_pairs"], examples.counts["held_out_pairs"]) == (20, 10)
+    assert examples.counts["repeated_pairs"] == 24
+    assert not [example for example in examples.held_out if example in examples.train]
 
 
 def test_a_file_whose_answers_never_begin_is_refused(tokenizer, pairs):
