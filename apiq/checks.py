@@ -44,7 +44,7 @@ def check(params: Params, config: Config | None) -> None:
     check_quantize(params.quantize, config)
     check_finetune(params.finetune, config)
     check_evaluate(params.evaluate, config)
-    check_apart(params.calibration, params.evaluate)
+    check_apart([*_calibrated_on(params.calibration), *_trained_on(params.finetune)], params.evaluate)
     check_adapted(params.quantize, params.refine, params.finetune)
 
 
@@ -157,11 +157,11 @@ def check_evaluate(evaluate: EvaluateParams, config: Config | None) -> None:
         raise _refusal("evaluate.task_folder", evaluate.task_folder, "a folder that is there, or empty")
 
 
-def check_apart(calibration: CalibrationParams, evaluate: EvaluateParams) -> None:
-    """Refuse to calibrate on the very corpus that is evaluated."""
+def check_apart(fitted: list[tuple[str, str]], evaluate: EvaluateParams) -> None:
+    """Refuse to calibrate or train on the very corpus that is evaluated; `fitted` are corpora behind their keys."""
     for name, corpus in evaluate.perplexity.items():
         measured = _identity(corpus.text, "test")
-        for key, source in _calibrated_on(calibration):
+        for key, source in fitted:
             if _identity(source, "train") == measured:
                 raise ApiqError(
                     f"{key} is {source}, on which evaluate.perplexity.{name} measures; "
@@ -175,6 +175,11 @@ def _calibrated_on(calibration: CalibrationParams) -> list[tuple[str, str]]:
         ("calibration.corpus", calibration.corpus),
         *(("a corpus of calibration.mixture", source) for source in calibration.mixture),
     ]
+
+
+def _trained_on(finetune: FinetuneParams) -> list[tuple[str, str]]:
+    """The corpus of the finetuning behind its key, where it is trained on text."""
+    return [("finetune.text", finetune.text)] if finetune.task == "lm" and finetune.text is not None else []
 
 
 def _check_corpus(key: str, source: str) -> None:

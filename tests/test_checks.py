@@ -131,6 +131,7 @@ def test_a_model_that_is_not_known_yet_is_not_held_against_the_parameters() -> N
         (["evaluate.task_folder=nothing"], "evaluate.task_folder is nothing; it should be a folder that is there"),
         (["calibration.corpus=demo:test"], "calibration.corpus is demo:test, on which evaluate.perplexity.demo"),
         (["evaluate.perplexity.demo.text=demo:train"], "calibration.corpus is demo, on which evaluate.perplexity.demo"),
+        (["finetune.task=lm", "finetune.text=demo:test"], "finetune.text is demo:test, on which evaluate"),
     ],
 )
 def test_what_is_not_there_or_not_apart_is_refused(assignments: list[str], told: str) -> None:
