@@ -88,6 +88,7 @@ def finetune(
             give_back_freed()
         loaded.model.peft_config["default"].base_model_name_or_path = str(loaded.folder)  # or PEFT asks the hub for it
         examples = prepare(params, loaded.tokenizer, context_length(loaded.model))
+        _require_known(examples, loaded.model)
         with _at_work(folder, loaded, params, examples) as work:
             first = parallel.rank() == 0
             pooling = Pooling(loaded.model, "finetune.pooled") if params.pooled else None
@@ -112,6 +113,16 @@ def _without_adapters(folder: Path, kind: str) -> str:
         return f"{folder} is a full-precision model; run apiq quantize first, and give the folder that it writes."
     with_some = ", ".join(method for method in METHODS if method not in WITHOUT_ADAPTERS)
     return f"{folder} has no adapters to train; quantize with a method that gives it some: {with_some}."
+
+
+def _require_known(examples: Examples, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for."""
+    rows = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+    highest = max(max(example["input_ids"]) for example in [*examples.train, *examples.held_out])
+    if highest >= rows:
+        raise ApiqError(
+            f"the examples hold token {highest}, the model knows {rows}: its folder has the tokenizer of another model."
+        )
 
 
 def _is_large(loaded: Loaded) -> bool:

@@ -1,3 +1,4 @@
+import copy
 import csv
 import errno
 import json
@@ -7,13 +8,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from apiq.checkpoint import manifest
 from apiq.checkpoint.loading import load
 from apiq.errors import ApiqError
 from apiq.evaluation.perplexity import perplexity
-from apiq.exports.source import open_source
 from apiq.files import sha256_folder
 from apiq.finetuning import run
 from apiq.finetuning.run import finetune
@@ -113,46 +113,6 @@ def test_the_folder_loads_as_the_model_that_was_measured(quantized, params, whol
     )
 
 
-@pytest.fixture
-def moved(whole_run, quantized, tmp_path):
-    """A copy of the finetuned folder and of its base that may be changed."""
-    base = shutil.copytree(quantized, tmp_path / quantized.parent.name / quantized.name)
-    out = shutil.copytree(whole_run[0], tmp_path / whole_run[0].parent.name / "finetuned")
-    assert load(out).folder == base
-    return out, base
-
-
-def rewritten(base):
-    """The base made again with other weights, as `apiq quantize --out` does."""
-    weights = load_file(base / "model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
-    manifest.write(base, "quantized")
-
-
-@pytest.mark.parametrize("read", [load, open_source])
-def test_adapters_are_refused_on_another_base_than_theirs(moved, read):
-    out, base = moved
-    rewritten(base)
-    with pytest.raises(ApiqError, match=r"finetuned on other weights than those in .*; put the base back"):
-        read(out)
-
-
-def test_a_base_with_another_card_and_metrics_is_still_theirs(moved):
-    out, base = moved
-    (base / "metrics.json").write_text("{}")
-    manifest.write(base, "quantized", method="loftq")
-    assert load(out).folder == base
-
-
-def test_a_folder_that_says_nothing_of_the_weights_of_its_base_is_read(moved):
-    out, base = moved
-    facts = manifest.read(out)
-    del facts["base_weights"]
-    (out / "apiq.json").write_text(json.dumps(facts))
-    rewritten(base)
-    assert load(out).folder == base
-
-
 def test_the_base_is_left_as_it_was(quantized, params, tmp_path):
     before = sha256_folder(quantized)
     finetune(quantized, params, tmp_path / "out")
@@ -221,6 +181,16 @@ def test_training_that_only_hurts_gives_the_adapters_it_began_with(whole_run, pa
     trained, began = load_file(out / WEIGHTS), load_file(start / WEIGHTS)
     assert trained.keys() == began.keys()
     assert all(torch.equal(trained[key], began[key]) for key in began)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(quantized, params, tokenizer, tmp_path):
+    base, larger = shutil.copytree(quantized, tmp_path / "quantized"), copy.deepcopy(tokenizer)
+    larger.add_tokens(["b c"])
+    larger.save_pretrained(base)
+    manifest.write(base, "quantized")
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 20)
+    with pytest.raises(ApiqError, match="the examples hold token 29, the model knows 29"):
+        finetune(base, params.model_copy(update={"text": str(tmp_path / "text.txt")}), tmp_path / "out")
 
 
 def test_pairs_are_learned(quantized, pairs, params, tmp_path):
