@@ -12,15 +12,23 @@ SMALL_BLOCK = 2**22
 """Weights of a block up to which the number of its operations takes the time, not its products: `apiq.layers.joint`."""
 
 
-def pick_device(name: str) -> torch.device:
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str | torch.device) -> torch.device:
     """The device that `name` (auto, cpu, cuda, cuda:N, mps) stands for here.
 
     Raises:
-        ApiqError: this machine does not have it.
+        ApiqError: there is none of that name, or this machine does not have it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ApiqError(f"device is {name}; it should be auto, cpu, cuda, cuda:N or mps.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ApiqError(
             f"device is {name}; PyTorch sees {torch.cuda.device_count()} CUDA devices here, use auto or cpu."
@@ -30,14 +38,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The arithmetic that `name` (auto, float32, bfloat16, float16) stands for on `device`.
 
     auto is bfloat16 on a GPU that multiplies it itself (NVIDIA's from Ampere on), else float32.
+
+    Raises:
+        ApiqError: there is none of that name.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and _gpu_multiplies_bfloat16(device) else torch.float32
-    return getattr(torch, name)
+    plain = str(name).removeprefix("torch.")
+    if plain not in DTYPES:
+        raise ApiqError(f"dtype is {name}; it should be auto, {', '.join(DTYPES)}.")
+    return DTYPES[plain]
 
 
 def solver_dtype(name: str, device: torch.device, weights: int) -> torch.dtype:

@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from apiq.device import SMALL_BLOCK, pick_dtype, solver_dtype
+from apiq.device import SMALL_BLOCK, pick_device, pick_dtype, solver_dtype
+from apiq.errors import ApiqError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
@@ -36,3 +37,21 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch, native):
     assert pick_dtype("auto", GPU) == solver_dtype("auto", GPU, 1) == expected
     assert entered == [GPU, GPU]
     assert pick_dtype("bfloat16", GPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["float16", torch.float16])
+def test_a_precision_goes_by_its_name_or_as_torch_has_it(name):
+    assert pick_dtype(name, CPU) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", torch.int8, "nn"])
+def test_what_is_no_precision_is_refused(name):
+    with pytest.raises(ApiqError, match=f"dtype is {name}; it should be auto, float32, bfloat16, float16"):
+        pick_dtype(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", ""])
+def test_what_is_no_device_is_refused(name):
+    with pytest.raises(ApiqError, match=f"device is {name}; it should be auto, cpu, cuda"):
+        pick_device(name)
+    assert pick_device(CPU) == pick_device("cpu") == CPU

@@ -94,8 +94,8 @@ def load(
     source: str | Path,
     *,
     adapters: bool = True,
-    dtype: str = "auto",
-    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     trainable: bool = False,
 ) -> Loaded:
     """Read the model in `source`, a folder of any kind or the name of a hub repository, for use.
@@ -104,7 +104,7 @@ def load(
     `trainable` leaves the adapters open to training, and the embedding in as few bits as it was stored in.
 
     Raises:
-        ApiqError: a file is missing, damaged or half-written, or the folder is no model.
+        ApiqError: a file is missing, damaged or half-written, the folder is no model, or `dtype` or `device` is none.
     """
     place = pick_device(device)
     precision = pick_dtype(dtype, place)
