@@ -34,6 +34,8 @@ from apiq.models.precision import stored_dtype
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
 """Files by which a folder with a tokenizer is known."""
+MISSING = "Found missing adapter keys"
+"""How PEFT begins to warn of an adapter that lacks tensors."""
 
 
 @dataclass
@@ -162,7 +164,7 @@ def _from_pretrained(
     try:
         model, report = family.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
-            **placed,
+            ignore_mismatched_sizes=True, **placed,
         )  # fmt: skip
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ApiqError(f"the weights in {folder} cannot be read: {' '.join(str(error).split())}.") from None
@@ -192,12 +194,17 @@ def _adapted(model: nn.Module, adapter: Path, trainable: bool) -> nn.Module:
     with asked_once(), warnings.catch_warnings():
         # peft 0.21 itself asks transformers 5 for a property by its old name
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-        if adapter_file(adapter) != adapter / PACKED:
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-        with tempfile.TemporaryDirectory() as folder:  # PEFT reads adapters from a folder only
-            shutil.copy2(adapter / "adapter_config.json", folder)
-            write_adapter_file(Path(folder), read_adapter(adapter))
-            return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        warnings.filterwarnings("error", MISSING, UserWarning)
+        try:
+            if adapter_file(adapter) != adapter / PACKED:
+                return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+            with tempfile.TemporaryDirectory() as folder:  # PEFT reads adapters from a folder only
+                shutil.copy2(adapter / "adapter_config.json", folder)
+                write_adapter_file(Path(folder), read_adapter(adapter))
+                return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        except UserWarning as warning:
+            first = str(warning).partition("'")[2].partition("'")[0]
+            raise ApiqError(f"{adapter} is the adapter of another model: it has no {first}.") from None
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -150,3 +150,26 @@ def test_a_weight_for_which_no_scale_is_large_enough(original, windows, tmp_path
 def test_an_adapted_method_without_windows(original, tmp_path, work):
     with pytest.raises(ApiqError, match="needs calibration windows"):
         quantize(original, None, QuantizeParams(), tmp_path / "out")
+
+
+@pytest.fixture
+def unlisted(original, make, tmp_path):
+    """The full-precision model with adapters beside it, in a folder without apiq.json."""
+    plain = shutil.copytree(original, tmp_path / "plain")
+    shutil.copytree(make()[0] / "adapter", plain / "adapter")
+    return plain
+
+
+def test_a_full_model_whose_weights_have_other_shapes_than_its_config(unlisted):
+    config = json.loads((unlisted / "config.json").read_text())
+    (unlisted / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ApiqError, match=r"none of the right shape, for model\.layers\.0\.mlp\.down_proj\.weight"):
+        load(unlisted, device="cpu")
+
+
+def test_an_adapter_of_another_model(unlisted):
+    load(unlisted, device="cpu")
+    path = unlisted / "adapter/adapter_model.safetensors"
+    save_file({name.replace("layers.0", "layers.7"): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(ApiqError, match=r"is the adapter of another model: it has no base_model.*layers\.0\."):
+        load(unlisted, device="cpu")
