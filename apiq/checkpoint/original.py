@@ -12,13 +12,18 @@ from platformdirs import user_cache_path
 
 from apiq.errors import ApiqError
 from apiq.files import sha256, write_text
-from apiq.models.manifest import SUFFIXES
 from apiq.work import fingerprint
+
+PARTS = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "*.model",
+    "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
+)  # fmt: skip
+"""Files of a model folder that transformers computes with; notes and results may lie beside them."""
 
 
 def content(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a model folder that decides what the model computes."""
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if any(map(path.match, PARTS))}
 
 
 def remember(files: Mapping[str, str], folder: Path) -> None:
