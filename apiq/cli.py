@@ -122,7 +122,7 @@ def evaluate(
     corpus = {"text": text, "windows": windows, "length": length, "column": column, "join": unescape(join)}
     given = {
         "evaluate": {"perplexity": {} if text is None else {"text": corpus}, 
-                     "tasks": [name for name in tasks.split(",") if name],
+                     "tasks": [name for name in map(str.strip, tasks.split(",")) if name],
                      "task_folder": None if task_folder is None else str(task_folder), "device": device},
     }  # fmt: skip
     params = parameters(given, settings).evaluate

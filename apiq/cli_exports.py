@@ -87,8 +87,8 @@ def merge(
     text: Annotated[
         str | None, typer.Option(help="Corpus for the perplexity before and after; needed with --requantize.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window of --text.")] = 2048,
-    windows: Annotated[int, typer.Option(help="First so many windows of --text; 0 for all.")] = 0,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window of --text.")] = 2048,
+    windows: Annotated[int, typer.Option(min=0, help="First so many windows of --text; 0 for all.")] = 0,
     column: Annotated[str, typer.Option(help="Column of --text.")] = "text",
     join: Annotated[str, typer.Option(help="What stands between its rows; \\n is a newline.")] = "\\n",
     calibration: Annotated[str | None, field(CalibrationParams, "corpus", "--calibration", default="none")] = None,

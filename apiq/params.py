@@ -100,9 +100,9 @@ class FinetuneParams(Section):
     task: Literal["lm", "instruction", "none"] = "lm"
     """lm: language modelling on `text`; instruction: prompt and answer `pairs`, loss on the answer only; none: the
     quantized model is measured as it is, as methods without adapters need it."""
-    text: str | None = "wikitext2"
+    text: Annotated[str, Field(min_length=1)] | None = "wikitext2"
     """Corpus for task lm: same forms as calibration.corpus."""
-    pairs: str | None = None
+    pairs: Annotated[str, Field(min_length=1)] | None = None
     """A .jsonl or .parquet file (or folder) of prompts and answers for task instruction."""
     column: str = "text"
     """Column of the text."""

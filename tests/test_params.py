@@ -143,6 +143,8 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ({"quantize": {"xyz": 3}}, "quantize.xyz is not a parameter; known here are recipe, method, bits,"),
         ({3: {}}, "3 is not a parameter; keys are text."),
         ({"finetune": {"task": "instruction"}}, "finetune.pairs is empty; it should be a file when task is instr"),
+        ({"finetune": {"text": ""}}, "finetune.text is ''; it should be one character or more."),
+        ({"finetune": {"pairs": ""}}, "finetune.pairs is ''; it should be one character or more."),
         ({"finetune": {"epochs": float("nan")}}, "finetune.epochs is nan; it should be a finite number."),
         ({"model": {"demo": {"hidden_size": 64, "heads": 5}}}, "model.demo.heads is 5; it should be a divisor of"),
         ({"evaluate": {"tasks": "arc"}}, "evaluate.tasks is 'arc'; it should be a list, as in [a, b]."),

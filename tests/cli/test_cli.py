@@ -109,6 +109,13 @@ def test_evaluate_uses_the_adapters_unless_told_not_to(apiq, quantized, corpus):
     assert values[0] != values[1]
 
 
+def test_tasks_may_stand_with_a_space_after_the_comma(apiq, model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("apiq.evaluation.run.evaluate", lambda *given: asked.append(given[2].tasks) or {})
+    assert apiq("evaluate", model, "--tasks", "copa, piqa ,", "--json")[0] == 0
+    assert asked == [["copa", "piqa"]]
+
+
 def test_finetune_and_evaluate_what_came_out(apiq, quantized, corpus, tmp_path):
     folder = quantized[0]
     status, out, err = apiq(

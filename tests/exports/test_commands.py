@@ -63,6 +63,13 @@ def test_merge_dense_and_back_into_few_bits(command, checkpoint, text, tmp_path)
     assert read_json(tmp_path / "again/apiq.json")["method"] == "rtn"
 
 
+@pytest.mark.parametrize("wrong", [("--length", 0), ("--length", 1), ("--windows", -1)])
+def test_windows_that_are_none_are_wrong_usage(command, checkpoint, text, tmp_path, wrong):
+    form = ("merge", checkpoint(method="apiq-bw", bits=2), "--out", tmp_path / "again", "--requantize", "rtn")
+    status, _, err = command(*form, "--text", text, *wrong)
+    assert status == 2 and wrong[0] in err
+
+
 def test_the_calibration_of_requantizing_is_set_by_its_keys(command, checkpoint, text, tmp_path):
     folder = checkpoint(method="apiq-bw", bits=2)
     form = ("merge", folder, "--out", tmp_path / "again", "--requantize", "gptq", "--text", text, "--length", 16)
