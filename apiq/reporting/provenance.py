@@ -12,7 +12,7 @@ from typing import Any
 from apiq.reporting.gather import MANIFESTS, Run
 
 PACKAGES = ("apiq", "torch", "transformers", "peft")
-NO_FACTS = ("parameters", "files", "format", "kind")
+NO_FACTS = ("parameters", "refined", "files", "format", "kind")
 """Keys of manifests that stand elsewhere on the page or say nothing about the run."""
 DEMO = "demo"
 """Parameters of the demo model: recorded with it where it was trained, and without effect elsewhere."""
@@ -35,7 +35,8 @@ def parameters(run: Run, given: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     """Phase -> parameter -> value: as recorded with the results, else as `given`."""
     found = {}
     for phase in MANIFESTS:
-        values = run.manifests.get(phase, {}).get("parameters") or given.get(phase, {})
+        recorded = "refined" if phase == "refine" else "parameters"  # beside those of quantize
+        values = run.manifests.get(phase, {}).get(recorded) or given.get(phase, {})
         if values:
             found[phase] = _flat({key: value for key, value in values.items() if key != DEMO})
     return found

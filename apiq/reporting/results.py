@@ -65,6 +65,11 @@ def brought_back(lost: float | None, left: float | None) -> float | None:
     return None if lost is None or left is None or lost <= 0 else (lost - left) / lost
 
 
+def mended(evaluation: Evaluation) -> str:
+    """The model after all that brings back: the finetuned or, where none was measured, the refined one."""
+    return "refined" if "refined" in evaluation and "finetuned" not in evaluation else "finetuned"
+
+
 def metrics(evaluation: Evaluation) -> list[tuple[str, str]]:
     """Every (task, metric) that some model has, without standard errors, which `error_name` finds."""
     pairs = [
@@ -90,14 +95,14 @@ def error_name(metric: str) -> str:
 
 def task_brought_back(evaluation: Evaluation, task: str, metric: str) -> float | None:
     """`brought_back` where it is known whether more is better; perplexities count by their logarithm."""
-    values = [task_metric(evaluation, model, task, metric) for model in ("full", "quantized", "finetuned")]
+    values = [task_metric(evaluation, model, task, metric) for model in ("full", "quantized", mended(evaluation))]
     if not all(map(known, values)) or not arrow(metric):
         return None
     if "perplexity" in metric:
         values = [math.log(value) for value in values]
-    full, quantized, finetuned = values
+    full, quantized, after = values
     sign = 1 if arrow(metric) == UP else -1
-    return brought_back(sign * (full - quantized), sign * (full - finetuned))
+    return brought_back(sign * (full - quantized), sign * (full - after))
 
 
 def arrow(metric: str) -> str:
@@ -108,11 +113,11 @@ def arrow(metric: str) -> str:
 
 
 def headline(run: Run, name: str) -> str:
-    """The model, its bits, what was lost in log perplexity and how much finetuning brings back."""
+    """The model, its bits, what was lost in log perplexity, and what refinement and finetuning bring back of it."""
     method = run.quantization.get("method")
     if not method:
         return f"{name} has not been quantized."
-    lost, left, nearest = (mean_loss(run.evaluation, model) for model in ("quantized", "finetuned", "rtn"))
+    lost, nearest = (mean_loss(run.evaluation, model) for model in ("quantized", "rtn"))
     parameters = run.manifests.get("quantize", {}).get("parameters", {})
     divided = parameters.get("target_bits")
     bits = parameters.get("bits") if divided is None else f"{divided} divided"
@@ -126,14 +131,18 @@ def headline(run: Run, name: str) -> str:
         share = f", {percent(lost / nearest)} of what rounding to nearest loses"
     verb = "loses" if lost >= 0 else "gains"
     found = f"{subject}{carried} {verb} {number(abs(lost), 3)} nats of log perplexity {_where(run.evaluation)}{share}."
-    return found if left is None else f"{found} {_rescue(lost, left)}"
+    before = lost
+    for step, model in (("Refinement", "refined"), ("Finetuning", "finetuned")):
+        after = mean_loss(run.evaluation, model)
+        if after is not None:
+            found, before = f"{found} {_rescue(step, lost, before, after)}", after
+    return found
 
 
-def _rescue(lost: float, left: float) -> str:
-    share = brought_back(lost, left)
-    if share is None or share < 0:
-        return f"Finetuning changes log perplexity by {nats(left - lost)} nats."
-    return f"Finetuning brings back {percent(share)} of that, {number(lost - left, 3)} nats."
+def _rescue(step: str, lost: float, before: float, after: float) -> str:
+    if lost <= 0 or after > before:
+        return f"{step} changes log perplexity by {nats(after - before)} nats."
+    return f"{step} brings back {percent((before - after) / lost)} of that, {number(before - after, 3)} nats."
 
 
 def mean_loss(evaluation: Evaluation, model: str) -> float | None:

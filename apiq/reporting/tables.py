@@ -37,7 +37,7 @@ def results_table(run: Run) -> Table:
 
 
 def _share(share: float | None) -> Cell:
-    return cell(share, "Not known: it takes a loss through quantization and a finetuned model.", percent)
+    return cell(share, "Not known: it takes a loss through quantization and a refined or finetuned model.", percent)
 
 
 def _perplexity_row(run: Run, columns: Mapping[str, str], text: str) -> Row:
@@ -47,7 +47,7 @@ def _perplexity_row(run: Run, columns: Mapping[str, str], text: str) -> Row:
         below = "" if lost is None or model == "full" else nats(lost)
         value = run.evaluation.get(model, {}).get("perplexity", {}).get(text)
         cells.append(cell(value, _why(run, model, name), below=below))
-    lost, left = (results.loss(run.evaluation, model, text) for model in ("quantized", "finetuned"))
+    lost, left = (results.loss(run.evaluation, model, text) for model in ("quantized", results.mended(run.evaluation)))
     share = results.brought_back(lost, left)
     return (Cell(text), *cells, _share(share))
 

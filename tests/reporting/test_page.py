@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from apiq.errors import ApiqError
-from apiq.reporting.gather import Folders
+from apiq.reporting import provenance
+from apiq.reporting.gather import Folders, Run
 from apiq.reporting.page import report
 from apiq.reporting.units import MINUS
 
@@ -174,3 +175,13 @@ def test_nothing_at_all_is_refused_and_leaves_the_older_report(tmp_path):
     with pytest.raises(ApiqError, match=r"there is nothing to report in .*data: run the pipeline first"):
         report(tmp_path / "data", tmp_path / "report")
     assert (tmp_path / "report/report.html").read_text() == "old"
+
+
+def test_the_parameters_of_refinement_are_its_own():
+    quantized = {"parameters": {"epochs": 8}}
+    recorded = Run(None, {"quantize": quantized, "refine": {**quantized, "refined": {"epochs": 1}}})
+    shown = provenance.parameters(recorded, {})
+    assert (shown["quantize"], shown["refine"]) == ({"epochs": "8"}, {"epochs": "1"})
+    assert provenance.origins(recorded) == {}
+    copied = provenance.parameters(Run(None, {"refine": quantized}), {"refine": {"epochs": 0}})
+    assert copied["refine"] == {"epochs": "0"}

@@ -35,6 +35,16 @@ def test_the_headline_tells_bits_loss_and_what_comes_back():
     )
 
 
+def test_the_headline_tells_refinement_and_finetuning_apart():
+    refined = {**TWO, "refined": {"perplexity": {"a": math.e**1.5, "b": math.e**3.5}}}
+    assert results.headline(run(refined), "tiny").endswith("Refinement brings back 25 % of that, 0.500 nats.")
+    both = {**refined, "finetuned": {"perplexity": {"a": math.e, "b": math.e**3}}}
+    assert results.headline(run(both), "tiny").endswith(
+        "Refinement brings back 25 % of that, 0.500 nats. Finetuning brings back 25 % of that, 0.500 nats."
+    )
+    assert (results.mended(TWO), results.mended(refined), results.mended(both)) == ("finetuned", "refined", "finetuned")
+
+
 def test_the_headline_tells_divided_bits_as_such():
     divided = Run(None, {"quantize": {"parameters": {"bits": 2, "target_bits": 4.5}}}, quantization={"method": "rtn"})
     assert results.headline(divided, "tiny").startswith("tiny in 4.5 divided bits by rtn.")
