@@ -68,25 +68,34 @@ def rows_of(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     return _parquet_rows(path, columns) if path.suffix == ".parquet" else _jsonl_rows(path, columns)
 
 
-def files_of(source: Path, suffixes: Iterable[str]) -> list[Path]:
-    """The file `source`, or the files with one of the suffixes below the folder `source`, by name.
+def files_of(source: Path, suffixes: Iterable[str], names: Iterable[str] = ()) -> list[Path]:
+    """The file `source`, or the files with one of the suffixes below the folder `source`, by name; no hidden ones.
+
+    Args:
+        source: a file or folder.
+        suffixes: which files are meant.
+        names: what could have been given instead, for the refusal.
 
     Raises:
         ApiqError: there is no such file, or nothing of these kinds in the folder.
     """
     allowed = " or ".join(suffixes)
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix in suffixes and path.is_file())
+        found = (path for path in source.rglob("*") if path.suffix in suffixes and path.is_file())
+        files = sorted(path for path in found if not _hidden(path.relative_to(source)))
         if not files:
             raise ApiqError(f"the folder {source} holds no {allowed} file.")
         return files
     if not source.exists():
-        raise ApiqError(
-            f"there is no corpus {source}; give a {allowed} file, a folder of them, or one of {', '.join(NAMES)}."
-        )
+        others = f", a folder of them, or one of {', '.join(names)}" if names else " or a folder of them"
+        raise ApiqError(f"there is no corpus {source}; give a {allowed} file{others}.")
     if source.suffix not in suffixes:
         raise ApiqError(f"the corpus {source} is of no known kind; give a {allowed} file or a folder of them.")
     return [source]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _named(name: str, asked: str | None, default: str) -> tuple[Iterable[str], str]:
@@ -103,7 +112,7 @@ def _named(name: str, asked: str | None, default: str) -> tuple[Iterable[str], s
 
 
 def _files(source: Path, column: str) -> tuple[Iterable[str], str]:
-    files = files_of(source, SUFFIXES)
+    files = files_of(source, SUFFIXES, NAMES)
     return (row for path in files for row in _rows(path, column)), ", ".join(path.as_posix() for path in files)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def _language(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase) -> Exa
         "held_out_windows": len(held_out),
         "repeated_windows": repeated(windows),
     }
-    return Examples(train, held_out, counts, {"name": params.text, "sha256": corpus.sha256})
+    return Examples(train, held_out, counts, {"name": _name(params.text), "sha256": corpus.sha256})
 
 
 def _pairs(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -82,7 +83,12 @@ def _pairs(params: FinetuneParams, tokenizer: PreTrainedTokenizerBase) -> Exampl
         "repeated_pairs": repeated(usable),
     }
     digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-    return Examples(train, held_out, counts, {"name": params.pairs, "sha256": digest})
+    return Examples(train, held_out, counts, {"name": _name(params.pairs), "sha256": digest})
+
+
+def _name(source: str) -> str:
+    """The last part of a path, or the name of a corpus as it is: the folder that it lies in concerns one machine."""
+    return os.path.basename(os.path.abspath(source))
 
 
 def _encode(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Example | None, bool]:

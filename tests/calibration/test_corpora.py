@@ -57,6 +57,9 @@ def test_a_folder_is_its_files_by_name_and_nothing_else(tmp_path):
     write(tmp_path / "a.parquet", ["first"])
     write(tmp_path / "deep" / "c.jsonl", ["third"])
     (tmp_path / "README.md").write_text("about")
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache/d.txt", ["hidden"])
+    write(tmp_path / ".e.txt", ["hidden"])
     assert load_corpus(str(tmp_path), split="train", join="|").text == "first|second|third"
 
 

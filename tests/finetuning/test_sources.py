@@ -34,6 +34,21 @@ def test_a_pair_that_repeats_is_trained_on_or_held_out_never_both(tokenizer, pai
     assert not [example for example in examples.held_out if example in examples.train]
 
 
+def test_the_source_is_known_by_its_name_wherever_it_lies(tokenizer, params, pairs, text, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    for source in (str(text), text.name):
+        examples = prepare(params.model_copy(update={"text": source}), tokenizer, 32)
+        assert examples.source["name"] == "letters.txt"
+    params = FinetuneParams(task="instruction", pairs=str(pairs), length=8)
+    assert prepare(params, tokenizer, 32).source["name"] == "pairs.jsonl"
+
+
+def test_pairs_that_are_no_file_are_not_told_of_corpora(tokenizer):
+    params = FinetuneParams(task="instruction", pairs="demo")
+    with pytest.raises(ApiqError, match=r"no corpus demo; give a .jsonl or .parquet file or a folder of them\."):
+        prepare(params, tokenizer, None)
+
+
 def test_a_file_whose_answers_never_begin_is_refused(tokenizer, pairs):
     params = FinetuneParams(task="instruction", pairs=str(pairs), length=3)
     with pytest.raises(ApiqError, match=r"none of the 8 pairs .* finetune.length=3"):
