@@ -142,6 +142,10 @@ def _jsonl_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ApiqError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}.") from None
+        except (ValueError, RecursionError):
+            raise ApiqError(
+                f"{path}, line {number} cannot be read: it holds a number of too many digits, or is nested too deep."
+            ) from None
         if not isinstance(row, dict):
             raise ApiqError(
                 f'{path}, line {number} is no JSON object; each line should be as in {{"{columns[0]}": ...}}.'
@@ -169,8 +173,9 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, .
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         for column in columns:
-            if column not in names:
-                raise ApiqError(f"{path} has no column {column!r}; it has {', '.join(names)}.")
+            if names.count(column) != 1:
+                many = "several columns" if column in names else "no column"
+                raise ApiqError(f"{path} has {many} {column!r}; it has {', '.join(names)}.")
         table = file.read(columns=list(columns))
     except (pyarrow.ArrowException, OSError):
         raise ApiqError(f"{path} is damaged: it is not a Parquet file, or part of one is missing.") from None
@@ -178,11 +183,15 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, .
 
 
 def _texts(values: ChunkedArray, column: str, path: Path) -> list[str]:
-    import pyarrow
+    from pyarrow import types
 
-    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+    kind = values.type.value_type if types.is_dictionary(values.type) else values.type
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         raise ApiqError(f"{path}: the column {column!r} holds {values.type}; it should hold text.")
-    texts = values.to_pylist()
-    if values.null_count:
+    try:
+        texts = values.to_pylist()
+    except UnicodeDecodeError:
+        raise ApiqError(f"{path}: the column {column!r} holds bytes that are not UTF-8; convert it first.") from None
+    if None in texts:
         raise ApiqError(f"{path}, row {texts.index(None) + 1} has no text in {column!r}.")
     return texts

@@ -195,3 +195,38 @@ def test_a_split_that_is_not_there(on_the_hub):
 def test_without_the_hub(name, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     assert "cannot be had from the Hugging Face hub" in refused(name)
+
+
+def of_kind(path, values):
+    parquet.write_table(pyarrow.table({"text": values}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_text_is_text_however_parquet_keeps_it(tmp_path, kind):
+    path = of_kind(tmp_path / "c.parquet", pyarrow.array(["one", "two", "one"], type=kind))
+    assert load_corpus(str(path), split="train", join="|").text == "one|two|one"
+    of_kind(path, pyarrow.array(["one", None], type=kind))
+    assert "row 2 has no text" in refused(path)
+
+
+def test_a_dictionary_of_numbers_is_no_text(tmp_path):
+    assert "should hold text" in refused(of_kind(tmp_path / "c.parquet", pyarrow.array([1, 2]).dictionary_encode()))
+
+
+def test_parquet_whose_text_is_not_utf8(tmp_path):
+    offsets, data = pyarrow.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pyarrow.py_buffer(b"\xff\xfe")
+    path = of_kind(tmp_path / "c.parquet", pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, data]))
+    assert "bytes that are not UTF-8" in refused(path)
+
+
+def test_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(table, tmp_path / "c.parquet")
+    assert "several columns 'text'" in refused(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000])
+def test_json_that_python_does_not_read(tmp_path, value):
+    (tmp_path / "c.jsonl").write_text(f'{{"text": "a"}}\n{{"text": "b", "n": {value}}}')
+    assert "line 2 cannot be read" in refused(tmp_path / "c.jsonl")
