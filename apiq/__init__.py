@@ -15,6 +15,7 @@ import wrapt
 from apiq.errors import ApiqError
 
 if TYPE_CHECKING:
+    from apiq.calibration.mixture import draw_windows
     from apiq.checkpoint.loading import load
     from apiq.evaluation.run import evaluate
     from apiq.exports.hub import push_to_hub
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ApiqError",
+    "draw_windows",
     "evaluate",
     "export",
     "finetune",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _CALLS = {
+    "draw_windows": "apiq.calibration.mixture",
     "quantize": "apiq.quantization",
     "refine": "apiq.refinement.run",
     "finetune": "apiq.finetuning.run",
@@ -59,6 +62,10 @@ def __getattr__(name: str) -> Any:
     if name not in _CALLS:
         raise AttributeError(f"module 'apiq' has no attribute {name!r}")
     return getattr(importlib.import_module(_CALLS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CALLS})
 
 
 @wrapt.when_imported("peft")

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import apiq as package
 from apiq.cli import main
 
 WORDS = 61
@@ -256,3 +259,16 @@ def test_a_model_that_is_not_there(apiq, tmp_path):
     status, out, err = apiq("quantize", tmp_path / "nothing", "--out", tmp_path / "q", "--method", "rtn", "--json")
     assert (status, out) == (1, "")
     assert "nothing" in err
+
+
+def test_the_calls_that_are_shown_do_what_the_commands_do(model, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(corpus, "train.jsonl")
+    Path("test.txt").write_text(" ".join(f"w{3 + i % (WORDS - 3)}" for i in range(100)))
+    page = Path(__file__).parents[2] / "docs/reference/python.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    for shown, tiny in {"MODEL": str(model), "128": "4", "2048": "16", "1024": "16", "=64": "=16"}.items():
+        code = code.replace(shown, tiny)
+    exec(code, {})
+    assert float(capsys.readouterr().out) > 1
+    assert set(package.__all__) <= set(dir(package))
