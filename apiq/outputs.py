@@ -13,7 +13,7 @@ def require_place(out: str | Path, *inputs: str | Path, mark: str | None = None)
     """Refuse a folder that cannot be written, or whose replacement would take something with it.
 
     Fine is a folder that is not there yet or is empty, and one that will be replaced: a checkpoint of apiq with nothing
-    else in it, or a folder with the file `mark`.
+    else in it, or, where `mark` is given, only a folder with the file `mark` that is no checkpoint.
 
     Raises:
         ApiqError: `out` is a file, the present folder or one above it, holds one of the `inputs` or other files,
@@ -28,10 +28,12 @@ def require_place(out: str | Path, *inputs: str | Path, mark: str | None = None)
             raise ApiqError(f"{out} holds {taken}, which is read here; give another folder to write to.")
     if place in (Path.cwd(), *Path.cwd().parents) or place.is_mount():
         raise ApiqError(f"{out} cannot be replaced as a whole; give a folder below it to write to.")
-    others = [] if mark is not None and (place / mark).is_file() else _others(place)
+    others = _others(place) if mark is None else _unmarked(place, mark)
     if others:
+        writer = "apiq" if mark is None else "an earlier run of this command"
         raise ApiqError(
-            f"{out} holds what apiq did not write there ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
+            f"{out} holds what {writer} did not write there "
+            f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
             "give another folder to write to, or remove it."
         )
     _try(out)
@@ -44,6 +46,12 @@ def _others(folder: Path) -> list[str]:
     facts = manifest.read(folder)
     own = set() if facts is None else {name.partition("/")[0] for name in facts["files"]} | set(manifest.UNGUARDED)
     return sorted(path.name for path in folder.iterdir() if path.name not in own)
+
+
+def _unmarked(folder: Path, mark: str) -> list[str]:
+    """All that is right in `folder`, unless the file `mark` is there and the manifest of a checkpoint is not."""
+    marked = (folder / mark).is_file() and not (folder / manifest.NAME).exists()
+    return [] if marked or not folder.is_dir() else sorted(path.name for path in folder.iterdir())
 
 
 def _try(out: Path) -> None:

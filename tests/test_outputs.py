@@ -45,6 +45,14 @@ def test_a_report_is_replaced_by_a_report(tmp_path):
     require_place(tmp_path / "report", mark="report.html")
 
 
+def test_a_checkpoint_is_not_replaced_by_a_report(checkpoint):
+    for names in ((), ("report.html",)):
+        for name in names:
+            (checkpoint / name).touch()
+        with pytest.raises(ApiqError, match=r"an earlier run of this command did not write there \(README.md, adapter"):
+            require_place(checkpoint, mark="report.html")
+
+
 def test_what_is_read_stays(checkpoint, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(checkpoint)

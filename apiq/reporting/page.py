@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,15 @@ def report(
         The page.
 
     Raises:
-        ApiqError: there is nothing to report, a file is damaged, there is no block `histogram_block`, or `out` holds
-            other files than those of a report.
+        ApiqError: there is nothing to report, a file is damaged, there is no block `histogram_block`, or `out` is or
+            holds a folder that is read, or other files than those of a report.
     """
     run = gather(source if isinstance(source, Folders) else Folders.below(source))
     if not (run.quantization or run.evaluation or run.training or run.timing or run.manifests):
         where = "the given folders" if isinstance(source, Folders) else source
         raise ApiqError(f"there is nothing to report in {where}: run the pipeline first.")
-    require_place(out, mark=PAGE)
+    read = (getattr(run.folders, each.name) for each in fields(run.folders))
+    require_place(out, *filter(None, read), mark=PAGE)
     content = sections(run, histogram_block, parameters or {})
     with new_folder(out) as folder:
         (folder / "figures").mkdir()

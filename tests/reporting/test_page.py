@@ -185,3 +185,12 @@ def test_the_parameters_of_refinement_are_its_own():
     assert provenance.origins(recorded) == {}
     copied = provenance.parameters(Run(None, {"refine": quantized}), {"refine": {"epochs": 0}})
     assert copied["refine"] == {"epochs": "0"}
+
+
+def test_a_report_takes_the_place_of_no_checkpoint_and_of_nothing_that_it_reads(data, quantized, tmp_path):
+    for out in (data / "quantized", data / "evaluation", data):
+        with pytest.raises(ApiqError, match="which is read here; give another folder to write to"):
+            report(data, out)
+    with pytest.raises(ApiqError, match="an earlier run of this command did not write there"):
+        report(Folders(evaluation=data / "evaluation"), quantized["rtn"])
+    assert (quantized["rtn"] / "apiq.json").is_file()
