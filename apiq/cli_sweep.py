@@ -52,10 +52,11 @@ def sweep(
     if listed:
         _show_cells(planned, as_json)
         return
+    run = _flow()
     folder = Path("data/sweeps") / planned.name
     earlier = _written(folder)
     with contextlib.redirect_stdout(sys.stderr):
-        state = _flow()(str(file.resolve()), profile, model, calibration, text, settings, jobs, runner, threads)
+        state = run(str(file.resolve()), profile, model, calibration, text, settings, jobs, runner, threads)
     if _written(folder) != earlier:
         _show_results(folder, as_json)
     if not state.is_completed():
@@ -83,7 +84,7 @@ def _absolute(place: str | None) -> str | None:
 def _flow() -> Any:
     """The flow, which stands a floor above this library and needs Prefect and DVC: here for this command alone."""
     try:
-        return importlib.import_module("flows.sweep").run_here
+        flow = importlib.import_module("flows.sweep")
     except ModuleNotFoundError as error:
         if error.name not in ("flows", "prefect", "dvc"):
             raise
@@ -91,6 +92,11 @@ def _flow() -> Any:
             f"apiq sweep needs {error.name}, which is not here; clone the repository, run pip install -e '.[flows]' "
             "in it, and start the sweep there."
         ) from None
+    if Path.cwd().resolve() != flow.ROOT:
+        raise ApiqError(
+            f"a sweep takes params.yaml and code from its repository; start it in {flow.ROOT}, not in {Path.cwd()}."
+        )
+    return flow.run_here
 
 
 def _show_cells(planned: Any, as_json: bool) -> None:

@@ -84,11 +84,18 @@ def test_the_table_of_an_earlier_run_is_not_shown_for_a_run_that_wrote_none(apiq
             (folder / "table.md").write_text("new")
         return SimpleNamespace(is_completed=lambda: False, message="It failed")
 
-    flow = SimpleNamespace(run_here=run_here)
+    flow = SimpleNamespace(run_here=run_here, ROOT=Path.cwd())
     monkeypatch.setattr("apiq.cli_sweep.importlib", SimpleNamespace(import_module=lambda name: flow))
     status, out, err = apiq("sweep", FILE)
     assert (status, out.strip()) == (1, "new" if writes else "")
     assert "It failed." in err
+
+
+def test_a_sweep_is_started_in_the_repository_of_its_flow(apiq, monkeypatch):
+    flow = SimpleNamespace(run_here=pytest.fail, ROOT=Path("/elsewhere"))
+    monkeypatch.setattr("apiq.cli_sweep.importlib", SimpleNamespace(import_module=lambda name: flow))
+    status, _, err = apiq("sweep", FILE)
+    assert status == 1 and "start it in /elsewhere, not in" in err
 
 
 @pytest.mark.parametrize(("runner", "package"), [("dask", "prefect-dask"), ("ray", "prefect-ray")])
