@@ -17,8 +17,15 @@ def carry(original: Path, folder: Path, derived: GenerationConfig | None) -> Non
 
     `derived` is what config.json says of generation, written where the original has no file that says it.
     """
-    for path in original.iterdir():
-        if path.is_file() and (path.name == GENERATION or path.name.lower().startswith(TERMS)):
-            shutil.copyfile(path, folder / path.name)
-    if derived is not None and not (folder / GENERATION).exists():
+    carry_terms(original, folder)
+    if (original / GENERATION).is_file():
+        shutil.copyfile(original / GENERATION, folder / GENERATION)
+    elif derived is not None:
         derived.to_json_file(folder / GENERATION)
+
+
+def carry_terms(original: Path, folder: Path) -> None:
+    """Copy the terms of use alone, for a format that has its own way to say the rest."""
+    for path in original.iterdir():
+        if path.is_file() and path.name.lower().startswith(TERMS):
+            shutil.copyfile(path, folder / path.name)

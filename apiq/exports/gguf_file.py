@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apiq.adapters.injection import IN_BLOCK
 from apiq.checkpoint.adapter_file import read_adapter
+from apiq.checkpoint.carried import carry_terms
 from apiq.errors import ApiqError
 from apiq.exports.gguf_blocks import BLOCK, blocks, fitting
 from apiq.exports.gguf_vocabulary import add_vocabulary, check_vocabulary
@@ -60,7 +61,7 @@ def check(source: Source, dtype: torch.dtype) -> None:
 
 
 def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
-    """Write model.gguf, and adapter.gguf where there is an adapter."""
+    """Write model.gguf, the terms of use of the model, and adapter.gguf where there is an adapter."""
     import gguf
 
     config = source.model_config.get_text_config()
@@ -79,6 +80,7 @@ def write(source: Source, folder: Path, dtype: torch.dtype) -> None:
         for linear in linears:
             _add_linear(writer, _name(names, f"{linear.name}.weight"), linear, config, architecture)
     _close(writer)
+    carry_terms(source.folder, folder)
     if source.adapter is not None:
         _write_lora(source, folder / "adapter.gguf", names, config, architecture)
 

@@ -40,6 +40,7 @@ def llama(tmp_path_factory):
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "LICENSE").write_text("the terms of use")
     return folder
 
 
@@ -89,7 +90,8 @@ def test_the_same_export_has_the_same_bytes(checkpoint, llama, tmp_path):
     for place in ("a", "b/c"):
         apiq.export(folder, tmp_path / place, "gguf")
     assert sha256_folder(tmp_path / "a") == sha256_folder(tmp_path / "b/c")
-    assert {"model.gguf", "adapter.gguf", "adapter/adapter_config.json"} <= sha256_folder(tmp_path / "a").keys()
+    found = sha256_folder(tmp_path / "a").keys()
+    assert {"model.gguf", "adapter.gguf", "adapter/adapter_config.json", "LICENSE"} <= found
 
 
 def test_the_tokenizer_is_read_back(checkpoint, llama, tmp_path):
