@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from apiq.mishaps import GOES_ON
@@ -42,7 +43,7 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in result.items():
         if value is not None and value not in ({}, []):
-            table.add_row(key.replace("_", " "), _line(value))
+            table.add_row(escape(key.replace("_", " ")), escape(_line(value)))
     Console().print(table)
 
 

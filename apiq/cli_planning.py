@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from apiq.cli_options import Json, Set
@@ -69,10 +70,9 @@ def doctor(as_json: Json = False) -> None:
             findings.append(dataclasses.asdict(finding))
             if not as_json:
                 colour = COLOURS[finding.status]
-                fix = f" [dim]-> {finding.fix}[/dim]" if finding.fix else ""
-                console.print(
-                    f"[{colour}]{finding.status:8}[/{colour}]{finding.name}: {finding.found}{fix}", soft_wrap=True
-                )
+                fix = f" [dim]-> {escape(finding.fix)}[/dim]" if finding.fix else ""
+                found = escape(f"{finding.name}: {finding.found}")
+                console.print(f"[{colour}]{finding.status:8}[/{colour}]{found}{fix}", soft_wrap=True)
     problems = sum(finding["status"] == "problem" for finding in findings)
     if as_json:
         show({"checks": findings, "problems": problems}, True)
@@ -93,7 +93,7 @@ def _parameters(profile: str | None, model: str | None, path: Path, settings: li
 def _show(result: Mapping[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _rows(result):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     Console().print(table)
 
 

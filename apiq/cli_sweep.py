@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from apiq.cli_options import Json, Set
 from apiq.cli_output import show
@@ -105,6 +106,6 @@ def _show_cells(planned: Any, as_json: bool) -> None:
         show({"name": planned.name, "cells": cells}, True)
         return
     for cell in planned.cells:
-        told = ", ".join(f"{axis} {label}" for axis, label in cell.labels.items())
-        refused = f" [yellow]refused: {cell.refused}[/yellow]" if cell.refused else ""
-        Console().print(f"{cell.name}  [dim]{told}[/dim]{refused}", soft_wrap=True, highlight=False)
+        told = escape(", ".join(f"{axis} {label}" for axis, label in cell.labels.items()))
+        refused = f" [yellow]refused: {escape(cell.refused)}[/yellow]" if cell.refused else ""
+        Console().print(f"{escape(cell.name)}  [dim]{told}[/dim]{refused}", soft_wrap=True, highlight=False)

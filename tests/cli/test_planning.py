@@ -85,11 +85,11 @@ def test_a_refusal_is_one_sentence_and_status_1(apiq, arguments, sentence):
 
 @pytest.mark.parametrize(("worst", "expected"), [("warning", 0), ("problem", 1)])
 def test_the_doctor_fails_on_a_problem_only(apiq, monkeypatch, worst, expected):
-    findings = [Finding("python", "ok", "3.11"), Finding("disk", worst, "little", "make room")]
+    findings = [Finding("python", "ok", "3.11"), Finding("disk", worst, "little", "pip install 'apiq[pipeline]'")]
     monkeypatch.setattr(examine, "examine", lambda: iter(findings))
     status, out, _ = apiq("doctor")
     assert status == expected
-    assert "disk: little -> make room" in out
+    assert "disk: little -> pip install 'apiq[pipeline]'" in out
     status, out, _ = apiq("doctor", "--json")
     told = json.loads(out)
     assert status == expected
