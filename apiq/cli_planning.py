@@ -33,7 +33,10 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="Another model: a folder with config.json, or a hub NAME or NAME@REVISION.")
     ] = None,
-    params: Annotated[Path, typer.Option(help="The file of parameters.")] = Path("params.yaml"),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="The file of parameters. [dim]\\[default: params.yaml][/dim]", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the result would go.")] = Path("data/quantized"),
     timed: Annotated[
         bool, typer.Option("--time/--no-time", help="Try out one random block, for up to 20 s, to tell the time.")
@@ -80,7 +83,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _parameters(profile: str | None, model: str | None, path: Path, settings: list[str] | None) -> Params:
+def _parameters(profile: str | None, model: str | None, path: Path | None, settings: list[str] | None) -> Params:
     from apiq.profiles import laid
 
     values = override(laid(profile, path), settings or [])

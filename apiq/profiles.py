@@ -39,16 +39,17 @@ def lay(profile: str | Path, params_path: str | Path = "params.yaml") -> Params:
     return _rewrite(Path(params_path), lambda values: _merge(values, overlay, Params))
 
 
-def laid(profile: str | Path | None, params_path: str | Path = "params.yaml") -> dict[str, Any]:
+def laid(profile: str | Path | None, params_path: str | Path | None = None) -> dict[str, Any]:
     """The values of params.yaml with a profile, if one is named, laid over them as by `lay`; nothing is written.
 
-    Where there is no params.yaml, the profile is laid over nothing: what it leaves open has its default.
+    Where there is no params.yaml and no other file is named, the profile is laid over nothing: what it leaves open
+    has its default.
 
     Raises:
-        ApiqError: there is no such profile, or a file is no YAML.
+        ApiqError: there is no such profile or no file `params_path`, or a file is no YAML.
     """
-    base = Path(params_path)
-    values = read_yaml(base) if base.exists() else {}
+    base = Path(params_path or "params.yaml")
+    values = read_yaml(base) if params_path is not None or base.exists() else {}
     if profile is not None:
         _merge(values, read_yaml(_find(str(profile), base)), Params)
     return values

@@ -72,6 +72,7 @@ SHORT = ("-S", "calibration.length=16", "-S", "finetune.length=16", "-S", "quant
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("--params", "nosuch.yaml"), "there is no file nosuch.yaml."),
         (("fuor",), "there is no profile fuor in params; did you mean four?"),
         (("--model", "owner/absent"), "config.json of owner/absent is neither in the cache nor to be had"),
         (("--model", "outline", "-S", "calibration.length=33"), "calibration.length is 33; it should be at most 32"),
