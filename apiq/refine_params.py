@@ -49,7 +49,7 @@ class RefineParams(Section):
     """Store the matrices of the adapters in so many bits, and train them as they will be rounded; none: as they are."""
     weight_decay: Decay = 0.0
     """AdamW weight decay of the adapters."""
-    activation_checkpointing: bool | Literal["auto"] = "auto"
+    activation_checkpointing: Literal[False, True, "auto"] = "auto"
     """Compute the activations of a block again in the backward pass: less memory, a third more time. auto: on a GPU."""
     dtype: DType = "auto"
     """Arithmetic: auto is bfloat16 on a GPU and float32 on a CPU."""
@@ -66,4 +66,8 @@ class RefineParams(Section):
     @model_validator(mode="after")
     def _combinations(self) -> RefineParams:
         require(not self.patience or self.held_out > 0, "patience", self.patience, "0 when held_out is 0")
+        reason = "epochs is 0: nothing is refined, as with the recipes paper and fast"
+        trained = self.epochs > 0
+        require(trained or not self.lr_scales, "lr_scales", self.lr_scales, f"0 when {reason}")
+        require(trained or self.adapter_bits is None, "adapter_bits", self.adapter_bits, f"empty when {reason}")
         return self

@@ -19,6 +19,7 @@ _KINDS = {
     "string_type": "text",
     "string_too_short": "one character or more",
     "list_type": "a list, as in [a, b]",
+    "too_short": "a list of one entry or more",
     "dict_type": "a section of name: value lines",
 }
 _BOUNDS = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"}

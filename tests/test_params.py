@@ -148,6 +148,19 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
         ({"finetune": {"epochs": float("nan")}}, "finetune.epochs is nan; it should be a finite number."),
         ({"model": {"demo": {"hidden_size": 64, "heads": 5}}}, "model.demo.heads is 5; it should be a divisor of"),
         ({"evaluate": {"tasks": "arc"}}, "evaluate.tasks is 'arc'; it should be a list, as in [a, b]."),
+        (
+            {"quantize": {"candidate_bits": []}},
+            "quantize.candidate_bits is []; it should be a list of one entry or more.",
+        ),
+        (
+            {"refine": {"activation_checkpointing": "yes"}},
+            "refine.activation_checkpointing is 'yes'; it should be false, true or auto.",
+        ),
+        ({"refine": {"epochs": 0, "lr_scales": 0.01}}, "refine.lr_scales is 0.01; it should be 0 when epochs is 0: no"),
+        (
+            {"refine": {"recipe": "fast", "adapter_bits": 8}},
+            "refine.adapter_bits is 8; it should be empty when epochs is 0: nothing is refined, as with the recipes",
+        ),
         ({"evaluate": {"perplexity": {"a b": {"text": "demo"}}}}, "evaluate.perplexity.a b is not a name"),
         ({"evaluate": {"perplexity": {"a": {}}}}, "evaluate.perplexity.a.text is missing."),
         ({"evaluate": {"perplexity": {"a": {"text": "demo", "lenght": 3}}}}, "evaluate.perplexity.a.lenght is not a"),
