@@ -125,7 +125,7 @@ def test_a_model_that_is_not_known_yet_is_not_held_against_the_parameters() -> N
         (["calibration.corpus=c4:test"], "calibration.corpus is c4:test; it should be c4, or one split of it: c4:"),
         (["calibration.mixture=[c4, wikitext]"], "a corpus of calibration.mixture is 'wikitext'; it should be a .txt"),
         (["calibration.mixture=['demo:test']"], "a corpus of calibration.mixture is demo:test, on which evaluate."),
-        (["finetune.text=''"], "finetune.text is ''; it should be a .txt"),
+        (["finetune.text=t.bin"], "finetune.text is 't.bin'; it should be a .txt"),
         (["finetune.task=instruction", "finetune.pairs=p.jsonl"], "finetune.pairs is 'p.jsonl'; it should be a .jsonl"),
         (["evaluate.perplexity.demo.text=x.txt"], "evaluate.perplexity.demo.text is 'x.txt'; it should be a .txt"),
         (["evaluate.task_folder=nothing"], "evaluate.task_folder is nothing; it should be a folder that is there"),
