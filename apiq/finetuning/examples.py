@@ -66,7 +66,7 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
         kinds.setdefault(repr(item), []).append(index)
     if len(kinds) < 2:
         raise ApiqError(
-            f"there is {len(kinds)} example to train on, and one must be held out; "
+            f"there is {len(kinds)} example to train on (equal ones count as one), and one must be held out; "
             "give more text or a smaller finetune.length."
         )
     count, groups = max(1, round(share * len(kinds))), list(kinds.values())
