@@ -17,7 +17,15 @@ from apiq.calibration.hub import CORPORA
 from apiq.errors import ApiqError
 from apiq.files import read_json
 from apiq.method_params import WITHOUT_ADAPTERS
-from apiq.params import CalibrationParams, EvaluateParams, FinetuneParams, ModelParams, Params, QuantizeParams
+from apiq.params import (
+    CalibrationParams,
+    EvaluateParams,
+    FinetuneParams,
+    ModelParams,
+    Params,
+    QuantizeParams,
+    ReportParams,
+)
 from apiq.refine_params import RefineParams
 
 Config = Mapping[str, Any]
@@ -26,6 +34,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _HEADS = ("num_attention_heads", "n_head")
 
 
@@ -45,6 +54,7 @@ def check(params: Params, config: Config | None) -> None:
     check_finetune(params.finetune, config)
     check_evaluate(params.evaluate, config)
     check_apart([*_calibrated_on(params.calibration), *_trained_on(params.finetune)], params.evaluate)
+    check_report(params.report, config)
     check_adapted(params.quantize, params.refine, params.finetune)
 
 
@@ -59,6 +69,7 @@ def known_config(model: ModelParams) -> dict[str, Any] | None:
         return {
             "hidden_size": demo.hidden_size,
             "intermediate_size": demo.intermediate_size,
+            "num_hidden_layers": demo.layers,
             "num_attention_heads": demo.heads,
             "num_key_value_heads": demo.kv_heads,
             "max_position_embeddings": demo.context,
@@ -102,7 +113,11 @@ def check_calibration(calibration: CalibrationParams, config: Config | None) -> 
 
 
 def check_quantize(quantize: QuantizeParams, config: Config | None) -> None:
-    """Refuse a rank above the smaller side of a linear, and groups that no row is wide enough for."""
+    """Refuse options that an adapter has not, a rank above the smaller side of a linear, and groups wider than rows."""
+    if quantize.adapted and quantize.adapter_options:
+        from apiq.adapters.configuration import options
+
+        options(quantize, TUNERS[quantize.adapter])
     if config is None:
         return
     sides = _sides(config)
@@ -155,6 +170,16 @@ def check_evaluate(evaluate: EvaluateParams, config: Config | None) -> None:
         _check_length(f"evaluate.perplexity.{name}.length", corpus.length, config)
     if evaluate.task_folder is not None and not Path(evaluate.task_folder).is_dir():
         raise _refusal("evaluate.task_folder", evaluate.task_folder, "a folder that is there, or empty")
+
+
+def check_report(report: ReportParams, config: Config | None) -> None:
+    """Refuse a block that the model does not have."""
+    known = config or {}
+    known = known.get("text_config") or known
+    block, blocks = report.histogram_block, max((known[key] for key in _LAYERS if known.get(key)), default=0)
+    if blocks and not -blocks <= block < blocks:
+        allowed = f"0 to {blocks - 1}, or -1 to -{blocks} counted from the last, the blocks of the model"
+        raise _refusal("report.histogram_block", block, allowed)
 
 
 def check_apart(fitted: list[tuple[str, str]], evaluate: EvaluateParams) -> None:

@@ -29,6 +29,9 @@ def combinations(params: QuantizeParams) -> None:
         asked = params.candidate_bits
         fits = all(low <= bits <= high or (bits == TERNARY and not params.normal_float) for bits in asked)
         require(fits, "candidate_bits", asked, f"{low} to {high} for these levels")
+        least = min(asked)
+        told = f"more than {least}, the least of candidate_bits: scales are counted too"
+        require(params.target_bits > least, "target_bits", params.target_bits, told)
     if params.candidate_ranks:
         ranks = params.candidate_ranks
         require(params.adapted, "candidate_ranks", ranks, "empty where there are no adapters")

@@ -38,6 +38,20 @@ def test_the_demo_can_be_run() -> None:
     check(changed(), known_config(ModelParams()))
 
 
+def test_options_that_the_adapter_does_not_have_are_refused() -> None:
+    assert refusal("quantize.adapter_options={foo: 1}").startswith("quantize.adapter_options.foo is no option of PEFT")
+    check(changed("quantize.adapter_options={use_dora: true}"), None)
+
+
+@pytest.mark.parametrize("layers", [{"num_hidden_layers": 2}, {"n_layer": 2}, {"text_config": {"num_layers": 2}}])
+def test_a_block_that_the_model_does_not_have_is_not_drawn(layers: dict) -> None:
+    for block in (2, -3):
+        told = f"report.histogram_block is {block}; it should be 0 to 1, or -1 to -2 counted from the last, the blocks"
+        assert refusal(f"report.histogram_block={block}", config=layers).startswith(told)
+    for block in (1, -2):
+        check(changed(f"report.histogram_block={block}"), layers)
+
+
 DEMO = ModelParams().demo
 NARROWEST = DEMO.hidden_size // DEMO.heads * DEMO.kv_heads
 

@@ -156,6 +156,10 @@ def test_parameters_cannot_be_changed_afterwards() -> None:
             {"refine": {"activation_checkpointing": "yes"}},
             "refine.activation_checkpointing is 'yes'; it should be false, true or auto.",
         ),
+        (
+            {"quantize": {"target_bits": 2.5, "candidate_bits": [4, 3]}},
+            "quantize.target_bits is 2.5; it should be more than 3, the least of candidate_bits",
+        ),
         ({"refine": {"epochs": 0, "lr_scales": 0.01}}, "refine.lr_scales is 0.01; it should be 0 when epochs is 0: no"),
         (
             {"refine": {"recipe": "fast", "adapter_bits": 8}},

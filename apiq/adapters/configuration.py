@@ -106,7 +106,7 @@ def _config(
 ) -> peft.PeftConfig:
     tuner, site = TUNERS[params.adapter], _site(params, linears, pattern)
     _check_rank(params, tuner, site.shapes)
-    settings = {**tuner.settings(site), **_options(params, tuner)}
+    settings = {**tuner.settings(site), **options(params, tuner)}
     settings |= _own_ranks(params, ranks, bool(settings.get("use_rslora")))
     if tuner.moves_weight and not start:
         settings["init_lora_weights"] = True  # what it moved out of W is in the adapters that are loaded
@@ -165,7 +165,12 @@ def refused(params: QuantizeParams, error: Exception) -> ApiqError:
     return ApiqError(f"quantize.adapter is {params.adapter}, and PEFT refuses it here: {' '.join(str(error).split())}")
 
 
-def _options(params: QuantizeParams, tuner: Tuner) -> dict[str, Any]:
+def options(params: QuantizeParams, tuner: Tuner) -> dict[str, Any]:
+    """quantize.adapter_options, once each is known to be a field of the tuner's config that may be set.
+
+    Raises:
+        ApiqError: one is not.
+    """
     known = {field.name for field in dataclasses.fields(config_class(tuner))}
     common = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     free = known - common - OWNED

@@ -95,8 +95,8 @@ def test_a_finished_survey_is_not_made_again(make, monkeypatch):
 
 def test_a_target_below_the_smallest_grid_is_refused_before_any_block_is_surveyed(make):
     steps = []
-    with pytest.raises(ApiqError, match=r"target_bits is 1\.5, but the smallest candidates take [\d.]+ bits a weight"):
-        make(target_bits=1.5, progress=steps.append)
+    with pytest.raises(ApiqError, match=r"target_bits is 2\.05, but the smallest candidates take [\d.]+ bits a weight"):
+        make(target_bits=2.05, progress=steps.append)
     assert {step.detail for step in steps} <= {"embeddings"}
 
 

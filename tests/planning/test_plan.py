@@ -96,8 +96,8 @@ def test_a_target_of_bits_is_planned_without_weights(folder):
     mixed = plan(params(folder, quantize={"method": "apiq-bw", **wanted, **ranks}), timed=False)["result"]["bits"]
     even = plan(params(folder, quantize={"method": "apiq-bw", "rank": 4}), timed=False)["result"]["bits"]
     assert 0.8 * even["adapters"] < mixed["adapters"] <= even["adapters"]
-    with pytest.raises(ApiqError, match=r"quantize\.target_bits is 1\.5, but the smallest candidates take"):
-        plan(params(folder, quantize={"target_bits": 1.5}), timed=False)
+    with pytest.raises(ApiqError, match=r"quantize\.target_bits is 2\.05, but the smallest candidates take"):
+        plan(params(folder, quantize={"target_bits": 2.05}), timed=False)
 
 
 def test_rounding_leaves_nothing_to_finetune(folder):
