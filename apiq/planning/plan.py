@@ -17,6 +17,7 @@ from apiq.adapters.targets import shapes as linear_shapes
 from apiq.blocks.activations import TOKENS
 from apiq.blocks.architecture import linears
 from apiq.blocks.capture import BlockCall
+from apiq.checks import check_quantize
 from apiq.device import pick_device, pick_dtype, solver_dtype
 from apiq.errors import ApiqError
 from apiq.methods import build
@@ -114,11 +115,13 @@ def _fitting(params: Params, shapes: Outline) -> Params:
         lengths = {"calibration": params.calibration.length}
         if params.finetune.task != "none":
             lengths["finetune"] = params.finetune.length
+        lengths |= {f"evaluate.perplexity.{name}": text.length for name, text in params.evaluate.perplexity.items()}
         for name, length in lengths.items():
             if length > shapes.context:
                 raise ApiqError(
                     f"{name}.length is {length}; it should be at most {shapes.context}, the context of the model."
                 )
+    check_quantize(params.quantize, shapes.config.to_dict())
     if not build(params.quantize).adapted:
         return params
     found = [linear_shapes(linears(block)) for block in shapes.blocks.modules]

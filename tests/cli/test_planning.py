@@ -13,6 +13,7 @@ PARAMS = """
 calibration: {windows: 4, length: 16}
 quantize: {rank: 4, group_size: 16, bits: 2, device: cpu}  # kept
 finetune: {length: 16, batch_size: 2, device: cpu}
+evaluate: {perplexity: {demo: {text: demo, length: 16}}}
 """
 
 
@@ -66,7 +67,8 @@ def test_without_params_yaml_the_defaults_are_planned(apiq, tmp_path):
     assert json.loads(out)["result"]["bits"]["codes"] == 2
 
 
-SHORT = ("-S", "calibration.length=16", "-S", "finetune.length=16", "-S", "quantize.rank=4")
+TEXT = "evaluate.perplexity.demo={text: demo, length: 16}"
+SHORT = ("-S", "calibration.length=16", "-S", "finetune.length=16", "-S", "quantize.rank=4", "-S", TEXT)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,11 @@ SHORT = ("-S", "calibration.length=16", "-S", "finetune.length=16", "-S", "quant
         (("fuor",), "there is no profile fuor in params; did you mean four?"),
         (("--model", "owner/absent"), "config.json of owner/absent is neither in the cache nor to be had"),
         (("--model", "outline", "-S", "calibration.length=33"), "calibration.length is 33; it should be at most 32"),
+        (("--model", "outline", "-S", "quantize.group_size=49"), "quantize.group_size is 49; it should be at most 48"),
+        (
+            ("--model", "outline", "-S", "evaluate.perplexity.demo.length=33"),
+            "evaluate.perplexity.demo.length is 33; it should be at most 32, the context of the model",
+        ),
     ],
 )
 def test_a_refusal_is_one_sentence_and_status_1(apiq, arguments, sentence):
