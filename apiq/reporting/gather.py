@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from apiq.checkpoint import skipped
-from apiq.files import read_json
 from apiq.reporting import records
 from apiq.reporting.errors import LinearErrors, read_errors
 from apiq.reporting.sweeps import Sweep, read_sweeps
@@ -120,15 +119,17 @@ def gather(folders: Folders) -> Run:
         absent["finetuned"] = "Nothing was finetuned: finetune.task is none."
     evaluation = content("evaluation", folders.evaluation, "metrics.json", "evaluation")
     errors = content("errors", folders.evaluation, "errors.csv", "evaluation")
-    quantization = read_json(metrics) if metrics else {}
+    quantization = records.mapping(metrics) if metrics else {}
+    if metrics:
+        records.mapping_in(metrics, quantization, "bits")
     return Run(
         folders=folders,
         manifests=manifests,
         quantization=quantization,
-        blocks=_blocks(quantization.get("blocks", [])),
+        blocks=_blocks(records.listed(metrics, quantization, "blocks") if metrics else ()),
         curves=_curves(losses) if losses else (),
         training=_training(log) if log else None,
-        evaluation=read_json(evaluation) if evaluation else {},
+        evaluation=_evaluation(evaluation) if evaluation else {},
         errors=read_errors(errors) if errors else (),
         sweeps=read_sweeps(folders.sweeps) if folders.sweeps else (),
         timing=_timing(folders.timing),
@@ -139,16 +140,31 @@ def gather(folders: Folders) -> Run:
 def _manifests(folders: Folders) -> dict[str, dict[str, Any]]:
     given = {phase: (getattr(folders, folder), name) for phase, (folder, name) in MANIFESTS.items()}
     files = {phase: folder / name for phase, (folder, name) in given.items() if folder}
-    manifests = {phase: read_json(file) for phase, file in files.items() if file.is_file()}
-    if "evaluate" in manifests:  # by model; all were measured in the same way
-        manifests["evaluate"] = next(iter(manifests["evaluate"].values()), {}).get("protocol", {})
+    manifests = {phase: records.mapping(file) for phase, file in files.items() if file.is_file()}
+    if measured := manifests.get("evaluate"):  # by model; all were measured in the same way
+        first = records.mapping_in(files["evaluate"], measured, next(iter(measured)))
+        manifests["evaluate"] = records.mapping_in(files["evaluate"], first, "protocol")
+    for phase in manifests:
+        records.mapping_in(files[phase], manifests[phase], "parameters")
     return manifests
+
+
+def _evaluation(path: Path) -> dict[str, dict[str, Any]]:
+    """The metrics of each model, whose perplexities and tasks are mappings."""
+    evaluation = records.mapping(path)
+    for model in evaluation:
+        measured = records.mapping_in(path, evaluation, model)
+        records.mapping_in(path, measured, "perplexity")
+        tasks = records.mapping_in(path, measured, "tasks")
+        for task in tasks:
+            records.mapping_in(path, tasks, task)
+    return evaluation
 
 
 def _timing(folder: Path | None) -> dict[str, dict[str, float]]:
     """Costs by phase; that of the report itself would make the page depend on its own past."""
     files = {phase: folder / f"{phase}.json" for phase in PHASES} if folder else {}
-    return {phase: read_json(file) for phase, file in files.items() if file.is_file()}
+    return {phase: records.mapping(file) for phase, file in files.items() if file.is_file()}
 
 
 def _blocks(rows: Sequence[Mapping[str, Any]]) -> tuple[BlockLoss, ...]:

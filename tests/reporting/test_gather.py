@@ -43,3 +43,25 @@ def test_a_damaged_log_is_refused(tmp_path, content, said):
     (tmp_path / "log.csv").write_text(content)
     with pytest.raises(ApiqError, match=said):
         gather(Folders(finetuned=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("timing/quantize.json", "[1, 2]", "its content is no JSON object"),
+        ("evaluation/metrics.json", '{"full": null}', "full is no JSON object"),
+        ("evaluation/metrics.json", '{"full": {"perplexity": 3}}', "perplexity is no JSON object"),
+        ("evaluation/metrics.json", '{"full": {"tasks": {"sums": 0.5}}}', "sums is no JSON object"),
+        ("evaluation/results.json", "[]", "its content is no JSON object"),
+        ("evaluation/results.json", '{"full": {"protocol": []}}', "protocol is no JSON object"),
+        ("refined/apiq.json", '{"parameters": 1}', "parameters is no JSON object"),
+        ("quantized/metrics.json", '{"bits": 2}', "bits is no JSON object"),
+        ("quantized/metrics.json", '{"blocks": [1]}', "blocks is no list of JSON objects"),
+    ],
+)
+def test_json_of_another_shape_is_refused(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(ApiqError, match=rf"{name} is damaged: {said}; run the stage that writes it again"):
+        gather(Folders.below(tmp_path))
