@@ -39,6 +39,14 @@ def test_outs_are_a_folder_and_its_cost_and_dvc_may_take_them_from_its_cache(nam
     assert STAGES[name]["outs"] == [OUT[name], f"data/timing/{name}.json"]
 
 
+def test_the_readme_of_the_data_tells_of_every_out() -> None:
+    told = (ROOT / "data/README.md").read_text()
+    for name, folder in OUT.items():
+        assert f"| `{folder.removeprefix('data/')}/` | `{name}` |" in told
+    for name in ("metrics.json", "tracking/", "timing/"):
+        assert f"| `{name}` |" in told
+
+
 @pytest.mark.parametrize("name", OUT)
 def test_code_that_a_stage_depends_on_is_there(name: str) -> None:
     missing = [path for path in STAGES[name]["deps"] if not path.startswith("data/") and not (ROOT / path).exists()]
