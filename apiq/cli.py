@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -210,11 +210,15 @@ def profile(
     with working("profile"):
         from apiq import profiles
 
-        if name is None:
-            result: dict[str, Any] = {"profiles": profiles.known_profiles(params)}
-        else:
-            result = {"profile": name, "parameters": profiles.lay(name, params).model_dump(mode="json")}
-    show(result, as_json)
+        known = profiles.known_profiles(params) if name is None else {}
+        laid = profiles.lay(name, params).model_dump(mode="json") if name is not None else {}
+    if name is not None:
+        show({"profile": name, "parameters": laid}, as_json)
+    elif as_json:
+        show({"profiles": known}, as_json)
+    else:
+        for each, told in known.items():
+            print(f"{each:{max(map(len, known))}}  {told}")
 
 
 app.command()(cli_refine.refine)

@@ -25,7 +25,7 @@ Set = Annotated[
     typer.Option(
         "-S",
         "--set",
-        metavar="SECTION.KEY=VALUE",
+        metavar="KEY=VALUE",
         help="Set any parameter of params.yaml that this command reads, as in -S quantize.decay_theta=0.",
     ),
 ]

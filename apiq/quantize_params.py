@@ -62,7 +62,7 @@ class QuantizeParams(Section):
     """What an error of a weight counts where bits or ranks are divided: its Fisher information, from gradients of the
     whole model on the calibration windows, or the same everywhere."""
     symmetric: Symmetry = False
-    """Fixed zero point instead of one a group: true is 2^(b-1); balanced (-S quantize.symmetric=balanced) is
+    """Fixed zero point instead of one a group: true is 2^(b-1); balanced (set by -S) is
     (2^b - 1) / 2, with as many levels below 0 as above and none at 0. 1.58 bits are -s, 0 and s whatever it says."""
     rank: Positive = 64
     """Rank r of the adapters A (in x r) and B (out x r), or what sets the size of another kind of adapter."""
@@ -70,7 +70,7 @@ class QuantizeParams(Section):
     """LoRA scaling: the adapters act as alpha / r * A B^T. Only for adapters that have it."""
     adapter: Adapter = "lora"
     """What is trained beside the codes: a tuner of PEFT, hiwi, houlsby, or none for the quantizer alone.
-    docs/reference/adapters.md lists them, with what rank and alpha are for each."""
+    adapters.md in docs/reference lists them, with what rank and alpha are for each."""
     adapter_targets: Annotated[list[str], Field(min_length=1)] = ["all"]  # noqa: RUF012 (pydantic copies it)
     """Linears that carry adapters: all, attn, ffn, names as in self_attn.q_proj, or ends of names as in q_proj.
     The others are quantized all the same."""

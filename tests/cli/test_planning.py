@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-from apiq.cli import main
+from apiq.cli import app, main
 from apiq.doctor import examine
 from apiq.doctor.finding import Finding
 
@@ -51,6 +51,12 @@ def test_a_profile_is_laid_over_without_writing(apiq, tmp_path):
     assert (tmp_path / "params.yaml").read_text() == PARAMS
     _, out, _ = apiq("plan", "--model", "outline", "--no-time", "--json", "-S", "quantize.bits=3")
     assert json.loads(out)["result"]["bits"]["codes"] == pytest.approx(3, rel=0.4)  # rows fill whole words
+
+
+def test_profiles_are_listed_a_line_each(apiq, tmp_path):
+    (tmp_path / "params" / "even_three.yaml").write_text("# Three [bits]\nquantize: {bits: 3}\n")
+    assert apiq("profile")[1] == "even_three  Three [bits]\nfour        Four bits\n"
+    assert json.loads(apiq("profile", "--json")[1]) == {"profiles": {"even_three": "Three [bits]", "four": "Four bits"}}
 
 
 def test_the_table_for_people(apiq):
@@ -116,3 +122,11 @@ def test_help_teaches(apiq, command):
     status, out, _ = apiq(command, "--help")
     assert status == 0
     assert "--json" in out
+
+
+def test_nothing_of_the_help_is_cut_at_80_columns(apiq, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in app.registered_commands:
+        status, out, _ = apiq(command.callback.__name__, "--help")
+        assert status == 0
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out, command.callback.__name__
