@@ -67,5 +67,6 @@ $(READY): requirements.lock pyproject.toml
 	  UV_FIND_LINKS="$$links" $(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock \
 	  || { echo "uv could not install them; pip does"; $(BIN)/python -m pip install --quiet --requirement requirements.lock; }
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@test -e .git || $(BIN)/dvc config --local core.no_scm true
+	@if test ! -e .git; then $(BIN)/dvc config --local core.no_scm true; \
+	  elif grep -qs no_scm .dvc/config.local; then $(BIN)/dvc config --local --unset core.no_scm; fi
 	@touch $@

@@ -82,9 +82,8 @@ def lay_over(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, A
 
 
 def leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The leaves of nested values by their paths, as in {"quantize.bits": 3}; an empty mapping is one."""
+    """The leaves of nested values by their paths, as in {"quantize.bits": 3}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        nested = isinstance(value, Mapping) and len(value) > 0
-        flat |= leaves(value, f"{above}{key}.") if nested else {f"{above}{key}": value}
+        flat |= leaves(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
     return flat

@@ -147,7 +147,7 @@ def _save(name: str, on: Bench, place: Path) -> None:
 
 def fetch_experiments(place: Path, root: Path) -> None:
     """Bring the experiments of a clone to the repository; those that it has stay, whatever git is configured to do."""
-    options = ("--quiet", "--no-prune", "--no-tags", "--no-write-fetch-head")
+    options = ("--quiet", "--no-prune", "--no-prune-tags", "--no-tags", "--no-write-fetch-head")
     call(["git", "fetch", *options, str(place), "+refs/exps/*:refs/exps/*", "^refs/exps/exec/*"], root)
 
 
