@@ -107,14 +107,22 @@ def _publish(outcomes: dict[str, str], experiment: str | None, run: str) -> None
     create_markdown_artifact(summary(outcomes, experiment, report), key="summary")
 
 
+def given(arguments: list[str]) -> dict[str, Any]:
+    """The changes of a command line by their paths; `section.key={}` empties a table."""
+    changes: dict[str, Any] = {}
+    for argument in arguments:
+        changes |= leaves(override({}, [argument])) or {argument.partition("=")[0].strip(): {}}
+    return changes
+
+
 def _main(arguments: list[str]) -> int:
     try:
-        sections = override({}, arguments)
+        changes = given(arguments)
     except ApiqError as error:
         print(error, file=sys.stderr)
         return 1
     server.start()
-    state = full(leaves(sections), return_state=True)
+    state = full(changes, return_state=True)
     return 0 if state.is_completed() else 1
 
 
