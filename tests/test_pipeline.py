@@ -72,6 +72,16 @@ def test_a_stage_depends_on_what_its_script_imports(name: str) -> None:
         assert covered or node.module in shared, f"{name} imports {node.module}"
 
 
+@pytest.mark.parametrize("name", ["model", "finetune", "evaluate"])
+@pytest.mark.parametrize("module", ["apiq.randomness", "apiq.evaluation.perplexity", "apiq.evaluation.run"])
+def test_a_stage_depends_on_what_decides_its_result_a_step_further(name: str, module: str) -> None:
+    deps = [ROOT / dep for dep in STAGES[name]["deps"] if dep.startswith("apiq/")]
+    files = [file for dep in deps for file in (dep.rglob("*.py") if dep.is_dir() else [dep])]
+    imported = any(f"from {module} import" in file.read_text() for file in files)
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    assert not imported or path in files, f"{name} imports {module}"
+
+
 def downstream(changed: str) -> set[str]:
     """The stages that a change of a path or of a section of params.yaml reruns."""
     rerun: set[str] = set()
