@@ -120,7 +120,7 @@ def test_checkpointing_needs_less(folder):
         ({"calibration": {"length": 65}}, "calibration.length is 65; it should be at most 64"),
         ({"finetune": {"length": 80}}, "finetune.length is 80; it should be at most 64"),
         ({"quantize": {"rank": 17}}, "quantize.rank is 17; it should be at most 16"),
-            ({"quantize": {"group_size": 49}}, "quantize.group_size is 49; it should be at most 48"),
+        ({"quantize": {"group_size": 49}}, "quantize.group_size is 49; it should be at most 48"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(folder, sections, sentence):
