@@ -68,7 +68,8 @@ def test_the_table_for_people(apiq):
 
 def test_without_params_yaml_the_defaults_are_planned(apiq, tmp_path):
     (tmp_path / "params.yaml").unlink()
-    status, out, _ = apiq("plan", "--model", "outline", "--no-time", "--json", *SHORT)
+    narrow = ("-S", "quantize.group_size=16")
+    status, out, _ = apiq("plan", "--model", "outline", "--no-time", "--json", *SHORT, *narrow)
     assert status == 0
     assert json.loads(out)["result"]["bits"]["codes"] == 2
 
