@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
@@ -119,10 +120,10 @@ def key(figure: Figure, axes: Axes, columns: int) -> None:
     )
 
 
-def apart(positions: Sequence[float], gap: float) -> list[float]:
-    """`positions`, moved as little as needed for neighbours to be at least `gap` from each other.
+def apart(positions: Sequence[float], gap: float, least: float = -math.inf) -> list[float]:
+    """`positions`, moved as little as needed to be at least `gap` from each other and none below `least`.
 
-    Neighbours that are too close form a cluster, which is spread evenly about its mean.
+    Neighbours that are too close form a cluster, which is spread evenly about its mean, or from `least` upwards.
     """
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     clusters: list[tuple[float, list[int]]] = []
@@ -137,6 +138,9 @@ def apart(positions: Sequence[float], gap: float) -> list[float]:
     for centre, members in clusters:
         for place, index in enumerate(members):
             moved[index] = centre + gap * (place - (len(members) - 1) / 2)
+    below = least - gap
+    for index in order:
+        below = moved[index] = max(moved[index], below + gap)
     return moved
 
 

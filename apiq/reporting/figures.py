@@ -25,8 +25,8 @@ def perplexities(damage: Mapping[str, Mapping[str, float]], labels: Mapping[str,
     `damage[text][model]` is the difference in log perplexity; `labels[model]` its name in the key.
     """
     figure, (axes,) = panels(width, 0.95 + 0.42 * len(damage))
-    axes.axvline(0, color=colour("full"), linewidth=1.4)
     for row, losses in enumerate(damage.values()):
+        axes.vlines(0, row - 0.18, row + 0.45, color=colour("full"), linewidth=1.4)  # not through the labels above
         ends = [0.0, *losses.values()]
         axes.plot([min(ends), max(ends)], [row, row], color=colour("rule"), linewidth=1.2, zorder=1)
         for model, loss in losses.items():
@@ -44,10 +44,9 @@ def perplexities(damage: Mapping[str, Mapping[str, float]], labels: Mapping[str,
     figure.draw_without_rendering()
     for row, losses in enumerate(damage.values()):
         origin, *places = (float(axes.transData.transform((loss, row))[0]) for loss in (0.0, *losses.values()))
-        spread = apart(places, 38)
-        clear = max(0.0, origin + 20 - min(spread)) if min(losses.values()) >= 0 else 0.0  # of the line at zero
+        spread = apart(places, 38, origin + 20 if min(losses.values()) >= 0 else -math.inf)  # right of the names
         for (model, loss), place, moved in zip(losses.items(), places, spread, strict=True):
-            offset = (moved + clear - place, 7)
+            offset = (moved - place, 7)
             write(axes, nats(loss), (loss, row), role(model), offset=offset, ha="center", va="bottom")
     return figure
 

@@ -123,6 +123,7 @@ def test_nearby_labels_move_apart_and_others_stay():
     assert drawing.apart([0, 1, 100], 10) == pytest.approx([-4.5, 5.5, 100])
     assert drawing.apart([5, 5, 5], 10) == pytest.approx([-5, 5, 15])
     assert drawing.apart([30, 0], 10) == [30, 0]
+    assert drawing.apart([0, 1, 20, 100], 10, 5) == pytest.approx([5, 15, 25, 100])
 
 
 def test_names_are_never_read_as_mathematics():
