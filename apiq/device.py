@@ -10,9 +10,8 @@ from apiq.errors import ApiqError
 
 SMALL_BLOCK = 2**22
 """Weights of a block up to which the number of its operations takes the time, not its products: `apiq.layers.joint`."""
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The precisions that models are computed and stored in, by name."""
 
 
 def pick_device(name: str | torch.device) -> torch.device:

@@ -119,9 +119,9 @@ def _unfused(original: FullPrecision) -> Iterator[nn.Module]:
     """The blocks, without data, all of whose weights are linears."""
     blocks = original.stream.blocks
     for index, block in enumerate(blocks.modules):
-        alone = unfuse(copy.deepcopy(block))
-        require_covered(alone, f"{blocks.path}.{index}")
-        yield alone
+        plain = unfuse(copy.deepcopy(block))
+        require_covered(plain, f"{blocks.path}.{index}")
+        yield plain
 
 
 def _check_windows(windows: Tensor | None, params: QuantizeParams, calibrated: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from apiq.device import DTYPES
 from apiq.errors import ApiqError
 from apiq.exports import awq, compressed_tensors, dense, gguf_file, gptq, own
 from apiq.exports.shards import write_adapter
@@ -17,7 +18,6 @@ from apiq.files import new_folder
 from apiq.outputs import require_place
 
 OWN = "apiq"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
