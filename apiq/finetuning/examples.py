@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
@@ -61,9 +62,9 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
     Raises:
         ApiqError: there are fewer than two items that differ.
     """
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[bytes, list[int]] = {}
     for index, item in enumerate(items):
-        kinds.setdefault(repr(item), []).append(index)
+        kinds.setdefault(_digest(item), []).append(index)
     if len(kinds) < 2:
         raise ApiqError(
             f"there is {len(kinds)} example to train on (equal ones count as one), and one must be held out; "
@@ -77,7 +78,12 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
 
 def repeated(items: Sequence[Item]) -> int:
     """How many of the items are there already."""
-    return len(items) - len(set(map(repr, items)))
+    return len(items) - len(set(map(_digest, items)))
+
+
+def _digest(item: Any) -> bytes:
+    """The same for equal items, and a few bytes where the item is a window of thousands of tokens."""
+    return hashlib.sha256(repr(item).encode()).digest()
 
 
 def collate(batch: Sequence[Example]) -> dict[str, torch.Tensor]:
