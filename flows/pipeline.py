@@ -20,7 +20,7 @@ STAGES = ("model", "calibration", "quantize", "refine", "finetune", "evaluate", 
 _PROGRESS = re.compile(r"(?P<phase>\S.*?) (?P<done>\d+)/(?P<total>\d+) \d+%(?P<state>.*)")
 _OUTCOMES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Cached"}
 _HINTS = re.compile(r"To track the changes|\s*git add |To enable auto staging|\s*dvc config core|Use `dvc push`")
-REFUSED = "exited with 2"
+_REFUSED = re.compile(r"exited with 2$")
 """What DVC tells of a stage that ended by an ApiqError."""
 _OF_DVC = ("ERROR: failed to reproduce", "Running stage", "> ")
 
@@ -50,7 +50,7 @@ def reproduce(stage: str, root: Path, on_line: Callable[[str], None], settings: 
     status = stream(dvc("repro", "--single-item", stage), root, listen, environment() | dict(settings or {}))
     if status != 0:
         told = [line for line in last if not line.startswith(_OF_DVC)] or [*last] or [f"exit status {status}"]
-        kind = StageRefused if any(REFUSED in line for line in last) else ApiqError
+        kind = StageRefused if any(_REFUSED.search(line) for line in last) else ApiqError
         raise kind(f"the stage {stage} failed: {told[-1]}")
     return outcome
 

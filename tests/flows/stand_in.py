@@ -1,7 +1,7 @@
 """A stage that only pretends: it reads its bits, reports a few blocks and writes what dvc.yaml expects.
 
 Copied as stages/NAME.py into a scratch repository. Blocks last STAND_IN_SECONDS each; a file
-`break-NAME` at the root makes stage NAME fail once.
+`break-NAME` at the root makes stage NAME fail once, with the status in it or 1.
 """
 
 import json
@@ -18,8 +18,10 @@ name = Path(__file__).stem
 bits = YAML(typ="safe").load(Path("params.yaml").read_text())["quantize"]["bits"]
 broken = Path(f"break-{name}")
 if broken.exists():
+    status = int(broken.read_text() or 1)
     broken.unlink()
-    sys.exit("the stand-in was told to fail.")
+    print("the stand-in was told to fail.", file=sys.stderr)
+    sys.exit(status)
 
 for block in range(1, 4):
     time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
