@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from apiq.errors import ApiqError
+from apiq.files import write_json
 from apiq.reporting import provenance
 from apiq.reporting.gather import Folders, Run
 from apiq.reporting.page import report
@@ -159,6 +160,14 @@ def test_an_evaluation_alone_makes_a_page(data, tmp_path):
     assert "20.09" in text
     assert "The model has not been quantized." in text
     assert "The quantization was left out of this report." in text
+
+
+def test_the_numbers_to_read_first_are_of_each_model_but_rounding(tmp_path):
+    values = {"full": 2.0, "rtn": 9.0, "quantized": 4.0, "refined": 3.0, "finetuned": 2.5}
+    measured = {model: {"perplexity": {"a": value}} for model, value in values.items()}
+    write_json(tmp_path / "evaluation/metrics.json", measured)
+    text = report(Folders(evaluation=tmp_path / "evaluation"), tmp_path / "report").read_text()
+    assert re.findall(r"<dt>(.*?)</dt>", text)[:4] == ["full precision", "quantized", "refined", "finetuned"]
 
 
 def test_full_precision_weights_that_are_gone_are_told(quantized, tmp_path):
